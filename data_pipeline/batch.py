@@ -1,0 +1,55 @@
+"""ClipBatch: what a training or evaluation step eats. The contract between data_pipeline and trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClipBatch:
+    """Clips of one rank for one step.
+
+    Shapes: features (B, T, P, E) in the dtype the codec decodes to; P = grid[0] * grid[1], row-major; frames uint8
+    (B, T, H, W, 3) and instance_ids int64 (B, T, H, W), only where asked for (evaluation).
+    The first `num_real` clips are real; the rest repeat a real one so that every rank has the same B, and count nothing.
+    """
+
+    features: Tensor
+    grid: tuple[int, int]
+    num_real: int
+    sample_ids: tuple[int, ...]
+    keys: tuple[str, ...]
+    starts: tuple[int, ...]
+    step: int = 0
+    epoch: int = 0
+    frames: Tensor | None = None
+    instance_ids: Tensor | None = None
+
+    @property
+    def size(self) -> int:
+        return self.features.shape[0]
+
+    def to(self, device: torch.device) -> ClipBatch:
+        """The same batch with its features on `device`; frames and masks stay where they are."""
+        return replace(self, features=self.features.to(device, non_blocking=True))
+
+    def split(self, num_parts: int) -> Iterator[ClipBatch]:
+        """Cut along B into `num_parts` micro-batches of equal size (B must divide)."""
+        size = self.size // num_parts
+        assert size * num_parts == self.size, (self.size, num_parts)
+        for part in range(num_parts):
+            cut = slice(part * size, (part + 1) * size)
+            yield replace(
+                self,
+                features=self.features[cut],
+                num_real=min(max(self.num_real - part * size, 0), size),
+                sample_ids=self.sample_ids[cut],
+                keys=self.keys[cut],
+                starts=self.starts[cut],
+                frames=None if self.frames is None else self.frames[cut],
+                instance_ids=None if self.instance_ids is None else self.instance_ids[cut],
+            )

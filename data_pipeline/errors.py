@@ -1,0 +1,36 @@
+"""Errors that a user can mend, each one line: what is wrong = value; the rule; where; what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class ConfigError(ValueError):
+    """A setting is wrong. The message names the key, the value, the rule and the remedy."""
+
+
+class DataError(ValueError):
+    """A file or a sample is missing, damaged or of another kind than the settings say."""
+
+
+def unknown_name(what: str, value: str, known: Iterable[str], remedy: str = "") -> ConfigError:
+    """An error for a name that no table knows; lists the known names, the nearest first."""
+    names = sorted(known)
+    near = difflib.get_close_matches(value, names, n=3, cutoff=0.4)
+    ordered = near + [name for name in names if name not in near]
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return ConfigError(f"{what}={value!r} is not known; choose one of {', '.join(ordered)}{hint}{remedy and ' ' + remedy}")
+
+
+def check_choice(key: str, value: str, known: Iterable[str]) -> None:
+    """Raise ConfigError unless `value` is one of `known`."""
+    known = list(known)
+    if value not in known:
+        raise unknown_name(key, value, known)
+
+
+def check_at_least(key: str, value: float, least: float) -> None:
+    """Raise ConfigError unless `value` >= `least`."""
+    if not value >= least:
+        raise ConfigError(f"{key}={value}; it must be at least {least}; change {key}")

@@ -1,0 +1,69 @@
+"""The number of ranks and of micro-batches changes nothing of the mathematics."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.integration.ranks import ROOT, run_ranks
+
+WORKER = str(ROOT / "tests" / "integration" / "steps_worker.py")
+
+
+def three_steps(tmp_path, world: int, accumulation: int = 1, stage: int = 1, global_batch: int = 5, **more) -> dict:
+    options = {"stage": stage, "accumulation": accumulation, "global_batch": global_batch, "steps": 3, **more}
+    results = run_ranks(world, ["-m", "tests.integration.steps_worker", json.dumps(options)], tmp_path / f"w{world}a{accumulation}s{stage}")
+    for result in results[1:]:
+        assert result["weights"] == results[0]["weights"], "ranks must hold the same weights"
+    return results[0]
+
+
+def assert_same(one: dict, other: dict, tolerance: float = 1e-6) -> None:
+    for first, second in zip(one["reports"], other["reports"], strict=True):
+        assert first["terms"].keys() == second["terms"].keys()
+        assert first["total"] == pytest.approx(second["total"], rel=tolerance)
+        for name, value in first["terms"].items():
+            assert second["terms"][name] == pytest.approx(value, rel=tolerance, abs=tolerance), name
+    assert one["norms"] == pytest.approx(other["norms"], rel=1e-5)
+    for name, values in one["weights"].items():
+        assert other["weights"][name] == pytest.approx(values, abs=tolerance), name
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    return three_steps(tmp_path_factory.mktemp("reference"), world=1)
+
+
+def test_the_reference_exercises_every_term(reference):
+    assert set(reference["reports"][0]["terms"]) == {"feature_reconstruction", "slot_contrast"}
+    assert set(reference["reports"][2]["terms"]) == {"feature_reconstruction", "slot_contrast", "ssync_boundary", "ssync_interior"}
+    assert all(value > 0 for value in reference["reports"][2]["terms"].values())
+
+
+@pytest.mark.parametrize(("world", "accumulation", "stage"), [(1, 3, 1), (2, 1, 1), (3, 1, 0), (2, 2, 2), (2, 1, 3), (3, 2, 0)])
+def test_ranks_micro_batches_and_stages_agree(tmp_path, reference, world, accumulation, stage):
+    assert_same(reference, three_steps(tmp_path, world, accumulation, stage))
+
+
+def test_more_ranks_than_clips(tmp_path):
+    assert_same(three_steps(tmp_path, world=1, global_batch=2), three_steps(tmp_path, world=3, global_batch=2))
+
+
+def test_video_scope_needs_no_other_rank(tmp_path):
+    assert_same(three_steps(tmp_path, 1, scope="video"), three_steps(tmp_path, 2, scope="video"))
+
+
+def test_a_stop_request_of_one_rank_reaches_all(tmp_path):
+    options = {"stage": 1, "accumulation": 1, "global_batch": 4, "steps": 1, "stop_rank": 1}
+    results = run_ranks(2, ["-m", "tests.integration.steps_worker", json.dumps(options)], tmp_path)
+    assert [result["reports"][0]["stop"] for result in results] == [True, True]
+
+
+def test_a_loss_that_is_not_finite_stops_all_ranks_before_the_update(tmp_path):
+    options = {"stage": 1, "accumulation": 1, "global_batch": 4, "steps": 2, "poison": 3}
+    results = run_ranks(2, ["-m", "tests.integration.steps_worker", json.dumps(options)], tmp_path)
+    for result in results:
+        assert result["unchanged"], "weights must be as before the bad step"
+        assert "step 1 on ranks [1]" in result["error"] or "on ranks [0, 1]" in result["error"]
+        assert "feature_reconstruction=nan" in result["error"]

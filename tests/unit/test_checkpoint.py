@@ -1,0 +1,180 @@
+"""Checkpoints: whole or not there, hashed, falling back past damage, the same tensors back."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from data_pipeline.errors import ConfigError
+from data_pipeline.order import Position
+from trainer import checkpoint, distributed
+from trainer.config import ModelConfig, OptimConfig, ParallelConfig
+from trainer.engine import Engine
+from trainer.model.network import VideoSlotModel
+from trainer.state import TrainState
+
+CONFIG = ModelConfig(num_slots=3, slot_dim=8, feature_dim=6, grid=[2, 3], predictor_heads=2, decoder_hidden=[10, 9])
+CPU = torch.device("cpu")
+
+
+def state(step: int) -> TrainState:
+    return TrainState(step=step, position=Position(dataset_version="abc", seed=1, global_batch=4, position=4 * step))
+
+
+def make_engine(adam=None, weights=None) -> Engine:
+    model = VideoSlotModel(CONFIG)
+    if weights is not None:
+        model.load_state_dict(dict(weights))
+    return Engine(model, OptimConfig(lr=1e-2), ParallelConfig(zero_stage=1), CPU, adam=adam, example=torch.zeros(1, 2, 6, 6))
+
+
+def update(engine: Engine, seed: int) -> None:
+    output = engine.forward(torch.randn(2, 2, 6, 6, generator=torch.Generator().manual_seed(seed)))
+    engine.backward((output.reconstruction - output.target).square().mean())
+    engine.step(1e-2)
+
+
+@pytest.fixture(scope="module")
+def engine():
+    distributed.start(CPU, 60)
+    torch.manual_seed(0)
+    made = make_engine()
+    update(made, 1)
+    yield made
+    distributed.stop()
+
+
+@pytest.fixture
+def root(engine, tmp_path):
+    said: list[str] = []
+    for step in (10, 20, 30):
+        checkpoint.save(tmp_path / "checkpoints", engine, state(step), keep=3, report=said.append)
+    assert not said
+    return tmp_path / "checkpoints"
+
+
+def steps(root) -> list[int]:
+    return [int(path.name[5:]) for path in checkpoint.candidates(root)]
+
+
+def test_a_resumed_engine_goes_on_bit_for_bit(engine, root):
+    found = checkpoint.load_newest(root, CPU, print)
+    assert found.state == state(30)
+    twin = make_engine(adam=found.adam, weights=found.weights)
+    for name, value in engine.weights().items():
+        assert torch.equal(value, twin.weights()[name]), name
+    # the engine has done one update, whatever the checkpoint calls its step; Adam's bias correction must go on from there
+    for moments in twin._adam.state.values():
+        moments["step"].fill_(1)
+    before = engine.adam_state(1)
+    update(engine, 2)
+    update(twin, 2)
+    for name, value in engine.weights().items():
+        assert torch.equal(value, twin.weights()[name]), name
+    assert not torch.equal(before.exp_avg["initializer.slots"], engine.adam_state(2).exp_avg["initializer.slots"])
+
+
+def test_retention_keeps_the_newest(engine, root):
+    checkpoint.save(root, engine, state(40), keep=2, report=print)
+    assert steps(root) == [40, 30]
+
+
+def test_retention_counts_only_what_verifies(engine, root):
+    damaged = root / "step_00000030" / "model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    said: list[str] = []
+    checkpoint.save(root, engine, state(40), keep=2, report=said.append)
+    assert steps(root) == [40, 30, 20]
+    assert "step_00000030" in said[0] and "bytes" in said[0]
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_flipped_byte_is_found(root, data):
+    folder = root / "step_00000030"
+    name = data.draw(st.sampled_from(["model.safetensors", "optimizer.safetensors", "state.json"]))
+    content = bytearray((folder / name).read_bytes())
+    place = data.draw(st.integers(0, len(content) - 1))
+    content[place] ^= 1 << data.draw(st.integers(0, 7))
+    original = (folder / name).read_bytes()
+    (folder / name).write_bytes(bytes(content))
+    try:
+        assert name in checkpoint.problem(folder)
+    finally:
+        (folder / name).write_bytes(original)
+    assert checkpoint.problem(folder) == ""
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "no_manifest", "bad_manifest", "missing"])
+def test_a_damaged_newest_is_passed_over_and_reported(root, damage):
+    folder = root / "step_00000030"
+    if damage == "cut":
+        (folder / "optimizer.safetensors").write_bytes((folder / "optimizer.safetensors").read_bytes()[:100])
+    elif damage == "empty":
+        (folder / "model.safetensors").write_bytes(b"")
+    elif damage == "no_manifest":
+        (folder / "manifest.json").unlink()
+    elif damage == "bad_manifest":
+        (folder / "manifest.json").write_text("{")
+    else:
+        (folder / "state.json").unlink()
+    said: list[str] = []
+    found = checkpoint.load_newest(root, CPU, said.append)
+    assert found.state.step == 20
+    assert len(said) == 1 and "step_00000030" in said[0]
+
+
+def test_nothing_that_verifies_is_an_error_and_nothing_is_touched(root):
+    for path in checkpoint.candidates(root):
+        (path / "model.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(RuntimeError, match="none of 3 checkpoints"):
+        checkpoint.load_newest(root, CPU, lambda text: None)
+    assert steps(root) == [30, 20, 10]
+
+
+def test_no_candidate_is_a_first_start(engine, tmp_path):
+    assert checkpoint.load_newest(tmp_path / "nothing", CPU, print) is None
+
+
+def test_a_damaged_folder_of_the_same_step_is_set_aside_not_overwritten(engine, root):
+    folder = root / "step_00000030"
+    (folder / "model.safetensors").write_bytes(b"damaged")
+    checkpoint.save(root, engine, state(30), keep=3, report=lambda text: None)
+    assert checkpoint.problem(folder) == ""
+    assert (root / "step_00000030.set_aside_1" / "model.safetensors").read_bytes() == b"damaged"
+
+
+def test_a_failed_write_leaves_the_older_ones_and_no_rest(engine, root, monkeypatch):
+    def full_disk(*args, **kwargs):
+        raise OSError(28, "No space left on device", "model.safetensors")
+
+    monkeypatch.setattr(checkpoint, "save_file", full_disk)
+    with pytest.raises(RuntimeError, match="No space left on device"):
+        checkpoint.save(root, engine, state(40), keep=3, report=print)
+    assert steps(root) == [30, 20, 10]
+    assert not list(root.glob(".writing*"))
+
+
+def test_rests_of_a_killed_save_are_cleared(engine, root):
+    (root / ".writing_step_00000040_99").mkdir()
+    checkpoint.save(root, engine, state(50), keep=3, report=print)
+    assert not list(root.glob(".writing*"))
+
+
+def test_another_shape_is_one_line_that_names_the_tensor(root):
+    found = checkpoint.read(root / "step_00000030")
+    other = VideoSlotModel(ModelConfig(num_slots=5, slot_dim=8, feature_dim=6, grid=[2, 3], predictor_heads=2, decoder_hidden=[10, 9]))
+    with pytest.raises(ConfigError) as error:
+        checkpoint.load_weights(other, found)
+    assert "initializer.slots is [3, 8]" in str(error.value) or "initializer.slots is [1, 3, 8]" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_the_manifest_names_every_file(root):
+    manifest = json.loads((root / "step_00000030" / "manifest.json").read_text())
+    assert set(manifest["files"]) == {"model.safetensors", "optimizer.safetensors", "state.json"}
+    assert {path.name for path in (root / "step_00000030").iterdir()} == {*manifest["files"], "manifest.json"}

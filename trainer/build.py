@@ -1,0 +1,75 @@
+"""All construction in one place: RunConfig -> model, objective, loaders."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data_pipeline.errors import ConfigError
+from data_pipeline.loader import ClipLoader, VideoLoader
+from data_pipeline.order import World, rank_slice
+from data_pipeline.store import ShardDataset
+from trainer.config import ModelConfig, RunConfig
+from trainer.model.network import VideoSlotModel
+from trainer.objective import Objective
+
+
+def seed_everything(seed: int) -> None:
+    """The same initial weights on every rank; the order of samples has generators of its own."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def build_model(config: ModelConfig, seed: int) -> VideoSlotModel:
+    seed_everything(seed)
+    return VideoSlotModel(config)
+
+
+def build_objective(config: RunConfig) -> Objective:
+    return Objective(config.objective, config.optim.max_steps)
+
+
+def build_clip_loader(config: RunConfig, world: World, position: int) -> ClipLoader:
+    """Training clips of this rank from stream position `position` on. Raises ConfigError when the shards do not fit the model."""
+    loader = ClipLoader(
+        config.data,
+        world,
+        seed=config.seed,
+        global_batch=config.optim.global_batch,
+        accumulation=config.parallel.accumulation,
+        position=position,
+    )
+    check_features(loader.dataset, config.model)
+    return loader
+
+
+def build_video_loader(config: RunConfig, world: World) -> VideoLoader:
+    """Whole validation videos, each exactly once over all ranks."""
+    loader = VideoLoader(config.data, world)
+    check_features(loader.dataset, config.model)
+    return loader
+
+
+def real_per_rank(config: RunConfig, world: World) -> list[int]:
+    """How many clips of each global batch a rank holds."""
+    slices = [rank_slice(config.optim.global_batch, World(rank=rank, size=world.size)) for rank in range(world.size)]
+    return [stop - start for start, stop in slices]
+
+
+def check_features(dataset: ShardDataset, model: ModelConfig) -> None:
+    """The shards' feature width and grid must be the model's."""
+    features, grid = dataset.index.features, list(dataset.index.grid)
+    if features["width"] != model.feature_dim:
+        raise ConfigError(
+            f"model.feature_dim={model.feature_dim}, but {Path(dataset.folder)} holds {features['extractor']} features of width {features['width']}; "
+            f"set model.feature_dim={features['width']}, or build shards of another extractor"
+        )
+    if grid != list(model.grid):
+        shown = str(grid).replace(" ", "")
+        raise ConfigError(
+            f"model.grid={list(model.grid)}, but {Path(dataset.folder)} holds a patch grid of {grid}; set model.grid={shown}"
+        )

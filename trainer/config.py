@@ -1,0 +1,242 @@
+"""RunConfig: every setting of a training run, typed and strict. No torch import here.
+
+Defaults are the published MOVi-C values of SSync unless a comment says otherwise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from omegaconf import MISSING
+
+from data_pipeline.config import DataConfig
+from data_pipeline.errors import ConfigError, check_at_least, check_choice
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """SlotContrast's network, which SSync shares."""
+
+    num_slots: int = 11
+    slot_dim: int = 64
+    feature_dim: int = 384  # E, must be what the shards hold
+    grid: list[int] = field(default_factory=lambda: [24, 24])  # Y, X of the patch grid, must be what the shards hold
+    iters_first: int = 3  # slot attention iterations of a clip's first frame
+    iters_next: int = 2  # ... and of every other
+    predictor_heads: int = 4
+    decoder_hidden: list[int] = field(default_factory=lambda: [1024, 1024, 1024])
+    gru_hidden: str = "normed"  # normed: the GRU's hidden state is LayerNorm(slots), as released; raw: Locatello et al.
+    attention_scale: str = "official_inverted"  # predictor logits q.k*sqrt(d) as released; standard: q.k/sqrt(d)
+    query_key_gain: float = 1.0  # initial weights of queries and keys times this; > 1 sharpens small models' first maps
+    decoder_positions: str = "normal"  # normal: N(0, 1/D) as released; fourier: sines and cosines of y and x
+    eval_decode_frames: int = 8  # frames decoded at once in evaluation: bounds memory, changes nothing else
+
+    def __post_init__(self) -> None:
+        check_choice("model.gru_hidden", self.gru_hidden, ("normed", "raw"))
+        check_choice("model.attention_scale", self.attention_scale, ("official_inverted", "standard"))
+        check_choice("model.decoder_positions", self.decoder_positions, ("normal", "fourier"))
+        for key in ("num_slots", "slot_dim", "feature_dim", "iters_first", "iters_next", "predictor_heads", "eval_decode_frames"):
+            check_at_least(f"model.{key}", getattr(self, key), 1)
+        if len(self.grid) != 2 or min(self.grid) < 1:
+            raise ConfigError(f"model.grid={self.grid}; two positive numbers [Y, X] are needed; change model.grid")
+        if not self.decoder_hidden:
+            raise ConfigError("model.decoder_hidden=[]; at least one hidden layer is needed; for example [1024, 1024, 1024]")
+        if self.slot_dim % self.predictor_heads:
+            raise ConfigError(
+                f"model.slot_dim={self.slot_dim} is not a multiple of model.predictor_heads={self.predictor_heads}; change one of them"
+            )
+
+
+@dataclass(kw_only=True)
+class FeatureReconstructionConfig:
+    weight: float = 1.0
+
+
+@dataclass(kw_only=True)
+class SlotContrastConfig:
+    weight: float = 0.5
+    temperature: float = 0.1
+    axis: str = "official_later_anchor"  # official_later_anchor | paper_earlier_anchor (vocl-core 2.2)
+    scope: str = "global"  # candidates: global | rank (as released) | video (batch_contrast=false)
+
+    def __post_init__(self) -> None:
+        check_choice("objective.slot_contrast.axis", self.axis, ("official_later_anchor", "paper_earlier_anchor"))
+        check_choice("objective.slot_contrast.scope", self.scope, ("global", "rank", "video"))
+        if not self.temperature > 0:
+            raise ConfigError(f"objective.slot_contrast.temperature={self.temperature}; it must be above 0; 0.1 is published")
+
+
+@dataclass(kw_only=True)
+class MergeConfig:
+    """SSync's merging of redundant slots (vocl-core 2.5 steps 1 and 2)."""
+
+    mode: str = "transitive"  # transitive | pairwise | none
+    source: str = "A"  # A | D | A_or_D | A_and_D | avg_map | avg_iou
+    space: str = "logits"  # logits against their mean as released; probs: SP Eq. 7
+    threshold: float = 0.7  # tau_merge
+
+    def __post_init__(self) -> None:
+        check_choice("objective.ssync.merge.mode", self.mode, ("transitive", "pairwise", "none"))
+        check_choice("objective.ssync.merge.source", self.source, ("A", "D", "A_or_D", "A_and_D", "avg_map", "avg_iou"))
+        check_choice("objective.ssync.merge.space", self.space, ("logits", "probs"))
+
+
+@dataclass(kw_only=True)
+class SSyncConfig:
+    """Selective synergistic learning (vocl-core 2.5)."""
+
+    boundary_weight: float = 0.0  # 1.0 is published for SSync; 0 leaves SlotContrast
+    interior_weight: float = 0.0
+    start_fraction: float = 0.3  # share of optim.max_steps before the two losses join
+    min_different: int = 1  # dif_n_bd
+    min_equal: int = 1  # dif_n_bd_noise
+    max_different: int = 1  # dif_n_nbd: interior patches have fewer different neighbours than this
+    boundary_strict: bool = False  # False: >= min_different as released; True: > (SP Eq. 5)
+    border: str = "clamp"  # clamp: neighbours outside are the nearest inside, as released; ignore: they do not count
+    class_reduction: str = "mean"  # mean over slots as released; sum: SP Eq. 13 and 14
+    empty: str = "zero"  # an empty set gives 0 (released code: NaN); nan reproduces that
+    temperature: float = 1.0
+    merge: MergeConfig = field(default_factory=MergeConfig)
+
+    def __post_init__(self) -> None:
+        check_choice("objective.ssync.border", self.border, ("clamp", "ignore"))
+        check_choice("objective.ssync.class_reduction", self.class_reduction, ("mean", "sum"))
+        check_choice("objective.ssync.empty", self.empty, ("zero", "nan"))
+        if not 0 <= self.start_fraction <= 1:
+            raise ConfigError(f"objective.ssync.start_fraction={self.start_fraction}; a share in [0, 1] is needed; 0.3 is published")
+        if not self.temperature > 0:
+            raise ConfigError(f"objective.ssync.temperature={self.temperature}; it must be above 0; 1 is published")
+
+
+@dataclass(kw_only=True)
+class ObjectiveConfig:
+    feature_reconstruction: FeatureReconstructionConfig = field(default_factory=FeatureReconstructionConfig)
+    slot_contrast: SlotContrastConfig = field(default_factory=SlotContrastConfig)
+    ssync: SSyncConfig = field(default_factory=SSyncConfig)
+
+    def __post_init__(self) -> None:
+        weights = (self.feature_reconstruction.weight, self.slot_contrast.weight, self.ssync.boundary_weight, self.ssync.interior_weight)
+        if min(weights) < 0 or max(weights) == 0:
+            raise ConfigError(
+                f"objective weights are {list(weights)} (reconstruction, slot contrast, boundary, interior); none may be below 0 and one "
+                "must be above; set objective.feature_reconstruction.weight=1"
+            )
+
+
+@dataclass(kw_only=True)
+class OptimConfig:
+    """Adam with warm-up and exponential decay (vocl-core 3)."""
+
+    lr: float = 8e-4
+    max_steps: int = 100_000
+    global_batch: int = 128  # clips of one update over all ranks
+    schedule: str = "exp_decay_with_warmup"  # a key of trainer.schedule.SCHEDULES
+    warmup_steps: int = 2500
+    decay_steps: int = 100_000
+    decay_rate: float = 0.5
+    clip_norm: float = 0.05
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        for key in ("max_steps", "global_batch"):
+            check_at_least(f"optim.{key}", getattr(self, key), 1)
+        check_at_least("optim.warmup_steps", self.warmup_steps, 0)
+        if self.schedule != "constant" and self.decay_steps <= self.warmup_steps:
+            raise ConfigError(
+                f"optim.decay_steps={self.decay_steps} is not above optim.warmup_steps={self.warmup_steps}; change one of them"
+            )
+        if not self.lr > 0 or not self.clip_norm > 0:
+            raise ConfigError(f"optim.lr={self.lr}, optim.clip_norm={self.clip_norm}; both must be above 0")
+
+
+@dataclass(kw_only=True)
+class ParallelConfig:
+    device: str = "auto"  # auto: cuda where there is one, else cpu
+    precision: str = "auto"  # auto: bf16 on cuda, fp32 on cpu. Softmax, losses and weights stay float32 in both
+    zero_stage: int = 1
+    accumulation: int = 1  # micro-batches of one update
+    threads: int = 0  # intra-op threads of a rank; 0: the rank's share of the usable cores
+    timeout_s: int = 300  # a collective that waits longer ends the rank
+
+    def __post_init__(self) -> None:
+        check_choice("parallel.device", self.device, ("auto", "cpu", "cuda"))
+        check_choice("parallel.precision", self.precision, ("auto", "bf16", "fp32"))
+        if self.zero_stage not in (0, 1, 2, 3):
+            raise ConfigError(f"parallel.zero_stage={self.zero_stage}; 0, 1, 2 or 3 is needed; 1 fits models of this size")
+        check_at_least("parallel.accumulation", self.accumulation, 1)
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig:
+    every_steps: int = 1000
+    keep: int = 2  # verified checkpoints that stay
+
+    def __post_init__(self) -> None:
+        check_at_least("checkpoint.every_steps", self.every_steps, 1)
+        check_at_least("checkpoint.keep", self.keep, 1)
+
+
+@dataclass(kw_only=True)
+class EvaluateConfig:
+    every_steps: int = 2500  # 0: only at the end
+    at_end: bool = True
+    maps: list[str] = field(default_factory=lambda: ["object", "attn"])  # scored maps; the first gives metric/..., the others metric/<name>_...
+    mask_size: int | None = None  # side that masks are scored at; None: data.image_size as released
+    baselines: bool = True  # score the four baselines once at the end
+    empty_foreground: str = "one"  # FG-ARI of a frame or video without foreground: one as released (MOVi) | skip
+
+    def __post_init__(self) -> None:
+        for name in self.maps:
+            check_choice("evaluate.maps", name, ("object", "attn"))
+        if not self.maps:
+            raise ConfigError("evaluate.maps=[]; choose at least one of object, attn")
+        check_choice("evaluate.empty_foreground", self.empty_foreground, ("one", "skip"))
+
+
+@dataclass(kw_only=True)
+class ObserveConfig:
+    log_every: int = 50
+    record_order: bool = False  # write order/rank*.jsonl
+    metrics: bool = True  # serve Prometheus metrics from every rank
+    metrics_address: str = "127.0.0.1"  # interface; loopback unless told
+    targets_dir: str | None = None  # a folder that a long-lived Prometheus watches; targets are linked there
+    report: bool = True
+    report_videos: int = 4  # validation videos shown in the report
+
+    def __post_init__(self) -> None:
+        check_at_least("observe.log_every", self.log_every, 1)
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    name: str = "run"  # the run folder is <runs>/<name>
+    runs: str = "runs"
+    seed: int = 0
+    data: DataConfig = MISSING
+    model: ModelConfig = field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    observe: ObserveConfig = field(default_factory=ObserveConfig)
+
+    def __post_init__(self) -> None:
+        if not self.name or "/" in self.name or self.name.startswith("."):
+            raise ConfigError(f"name={self.name!r}; a plain folder name is needed; for example name=movi_c_seed0")
+
+
+@dataclass(kw_only=True)
+class EvaluationConfig:
+    """`python -m trainer.evaluate run=...`: score a run's checkpoint again, perhaps on other shards."""
+
+    run: str = MISSING  # run folder
+    step: int | None = None  # checkpoint to score; None: the newest that verifies
+    root: str | None = None  # other shards than the run was trained on
+    split: str | None = None
+    limit: int | None = None
+    maps: list[str] = field(default_factory=lambda: ["object", "attn"])
+    baselines: bool = True
+    device: str = "auto"
+    out: str | None = None  # where scores.json goes; None: beside the run's metrics

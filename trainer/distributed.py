@@ -1,0 +1,98 @@
+"""The process group: who am I, and the few collectives that the trainer needs. One rank works without any group."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from data_pipeline.errors import ConfigError
+from data_pipeline.order import World
+
+
+def world_from_environment() -> World:
+    """RANK and WORLD_SIZE as the launcher set them; one rank when they are not set."""
+    try:
+        rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    except ValueError:
+        raise ConfigError(
+            f"RANK={os.environ.get('RANK')!r}, WORLD_SIZE={os.environ.get('WORLD_SIZE')!r}; both must be whole numbers; "
+            "start the run with cluster/launch.py"
+        ) from None
+    if not 0 <= rank < size:
+        raise ConfigError(f"RANK={rank}, WORLD_SIZE={size}; a rank lies in [0, WORLD_SIZE); start the run with cluster/launch.py")
+    return World(rank=rank, size=size)
+
+
+def start(device: torch.device, timeout_s: int) -> None:
+    """Join the group of MASTER_ADDR:MASTER_PORT; a single rank makes a group of its own on a free port."""
+    if dist.is_initialized():
+        return
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=timeout_s)
+    if "MASTER_ADDR" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+        return
+    store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port), RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+    dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+
+
+def stop() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def many() -> bool:
+    return dist.is_initialized() and dist.get_world_size() > 1
+
+
+def all_sum(values: Tensor) -> Tensor:
+    """Sum over ranks, in place."""
+    if many():
+        dist.all_reduce(values)
+    return values
+
+
+def gather_clips(slots: Tensor, padded: int) -> Tensor:
+    """All ranks' clips: (n, ...) with n <= padded -> (W, padded, ...), the unused rows zero. No gradient."""
+    rows = slots.new_zeros((padded, *slots.shape[1:]))
+    rows[: slots.shape[0]] = slots
+    if not many():
+        return rows[None]
+    parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, rows)
+    return torch.stack(parts)
+
+
+def agree(yes: bool, device: torch.device) -> bool:
+    """True when every rank says yes."""
+    no_votes = all_sum(torch.tensor([0.0 if yes else 1.0], device=device))
+    return bool(no_votes.item() == 0)
+
+
+def from_main(value: Any) -> Any:
+    """Rank 0's value on every rank. Objects come from our own ranks only."""
+    if not many():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's value, on every rank, in rank order."""
+    if not many():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def barrier() -> None:
+    if many():
+        dist.barrier()

@@ -1,0 +1,253 @@
+"""Evaluation: whole videos -> label maps -> scores, each video exactly once over all ranks.
+
+`python -m trainer.evaluate run=runs/NAME [root=SHARDS split=validation step=N]` scores a run's checkpoint again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from data_pipeline.batch import ClipBatch
+    from data_pipeline.loader import VideoLoader
+    from trainer.config import EvaluateConfig, EvaluationConfig, RunConfig
+    from trainer.model.outputs import ModelOutput
+    from trainer.observe.render import GalleryItem
+
+HELP = """python -m trainer.evaluate run=RUN_FOLDER [key=value ...]
+
+Scores a finished (or running) run's checkpoint on whole videos and prints the table.
+
+  run=FOLDER      run folder, for example runs/demo
+  step=N          checkpoint to score (default: the newest that verifies)
+  root=SHARDS     other shards than the run was trained on
+  split=NAME      split of the shards (default: the run's data.val_split)
+  limit=N         first so many videos
+  maps=[object,attn]   which maps are scored
+  baselines=true  print the baselines beside the model
+  device=auto     auto | cpu | cuda
+  out=FILE        where the scores are written as JSON (default: RUN_FOLDER/evaluation.json)
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Scores by name ("video_fg_ari" of the first map, "attn_video_fg_ari" of another), and pictures on rank 0."""
+
+    scores: dict[str, float]
+    gallery: list[GalleryItem]
+    num_videos: int
+
+
+def evaluate_model(
+    model: nn.Module, loader: VideoLoader, config: RunConfig, device_type: str = "cpu", num_pictures: int = 0
+) -> Evaluation:
+    """Score a model's object and attention maps. Collective: every rank calls it with its own loader."""
+    gallery: list[tuple[int, GalleryItem]] = []
+
+    def predict(batch: ClipBatch) -> dict[str, Tensor]:
+        output = _segment(model, batch, config, device_type)
+        size = mask_size(config, batch)
+        labels = {name: _labels(getattr(output, f"{name}_maps")()[0].float(), batch.grid, size) for name in config.evaluate.maps}
+        if batch.num_real and batch.sample_ids[0] < num_pictures:
+            gallery.append((batch.sample_ids[0], _picture(output, batch, config)))
+        return labels
+
+    scores, per_video = score(predict, loader, config, config.evaluate.maps)
+    return Evaluation(scores=scores, gallery=_gather_gallery(gallery, per_video), num_videos=len(per_video))
+
+
+def evaluate_baselines(loader: VideoLoader, config: RunConfig, untrained: nn.Module, device_type: str = "cpu") -> dict[str, dict[str, float]]:
+    """What a number means: an untrained model, a grid of blocks, k-means on the same features, the ceiling of the patch grid. Collective."""
+    from trainer.metrics.baselines import as_maps, grid_of_blocks, k_means, patch_ceiling
+
+    slots = config.model.num_slots
+
+    def predict(batch: ClipBatch) -> dict[str, Tensor]:
+        size, features = mask_size(config, batch), batch.features[0].float().cpu()
+        output = _segment(untrained, batch, config, device_type)
+        assert batch.instance_ids is not None
+        truth = patch_ceiling(batch.instance_ids[0], batch.grid)
+        patches = {
+            "grid": (grid_of_blocks(slots, features.shape[0], batch.grid), slots),
+            "k_means": (k_means(features, slots, seed=config.seed), slots),
+            "patch_ceiling": (truth, int(truth.max()) + 1),
+        }
+        labels = {name: _labels(as_maps(value, count), batch.grid, size) for name, (value, count) in patches.items()}
+        return {"untrained": _labels(output.object_maps()[0].float(), batch.grid, size), **labels}
+
+    names = ["untrained", "grid", "k_means", "patch_ceiling"]
+    scores, _ = score(predict, loader, config, names)
+    tables: dict[str, dict[str, float]] = {name: {} for name in names}
+    for key, value in scores.items():
+        name = next((name for name in names[1:] if key.startswith(name + "_")), names[0])
+        tables[name][key.removeprefix(name + "_")] = value
+    return tables
+
+
+def score(
+    predict: Callable[[ClipBatch], Mapping[str, Tensor]], loader: Iterable[ClipBatch], config: RunConfig, names: list[str]
+) -> tuple[dict[str, float], dict[int, dict[str, float | None]]]:
+    """Scores of every named prediction over all ranks, and each video's own scores of the first name. Collective."""
+    from trainer import distributed
+    from trainer.metrics.segmentation import SegmentationScores, resize_ids
+
+    tables = {name: SegmentationScores(config.evaluate.empty_foreground, loader.dataset.index.background_labelled) for name in names}
+    per_video: dict[int, dict[str, float | None]] = {}
+    for batch in loader:
+        labels = predict(batch)  # also for padding, so that all ranks make the same calls
+        if not batch.num_real:
+            continue
+        if batch.instance_ids is None:
+            _refuse_unannotated(batch, loader)
+        truth = resize_ids(batch.instance_ids[0], mask_size(config, batch))
+        own = {name: tables[name].add(truth, labels[name]) for name in names}
+        per_video[batch.sample_ids[0]] = own[names[0]]
+    everyone = distributed.gather_objects(({name: table.state() for name, table in tables.items()}, per_video))
+    merged: dict[str, float] = {}
+    for name in names:
+        total = SegmentationScores(config.evaluate.empty_foreground, loader.dataset.index.background_labelled)
+        result = total.merge([states[name] for states, _ in everyone]).result()
+        prefix = "" if name == names[0] else name + "_"
+        merged |= {prefix + key: value for key, value in result.items() if value is not None}
+    return merged, {key: value for _, videos in everyone for key, value in videos.items()}
+
+
+def mask_size(config: RunConfig, batch: ClipBatch) -> tuple[int, int]:
+    """Height and width that masks are scored at: the backbone's input size as in the released configurations."""
+    side = config.evaluate.mask_size or config.data.image_size
+    return side, side
+
+
+def _refuse_unannotated(batch: ClipBatch, loader: Iterable[ClipBatch]) -> None:
+    from data_pipeline.errors import DataError
+
+    raise DataError(
+        f"{loader.dataset.folder}: sample {batch.keys[0]} has no masks; scores need annotated videos; "
+        "set evaluate.at_end=false and evaluate.every_steps=0, or choose another data.val_split"
+    )
+
+
+def _segment(model: nn.Module, batch: ClipBatch, config: RunConfig, device_type: str) -> ModelOutput:
+    import torch
+
+    from trainer.engine import choose_precision
+
+    device = next(model.parameters()).device
+    bf16 = choose_precision(config.parallel.precision, device) == "bf16"
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        return model.segment(batch.features.to(device).float(), config.model.eval_decode_frames)
+
+
+def _labels(maps: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    from trainer.metrics.segmentation import label_map
+
+    return label_map(maps, grid, size)
+
+
+def _picture(output: ModelOutput, batch: ClipBatch, config: RunConfig) -> GalleryItem:
+    """What the report shows of one video, as small arrays on the host."""
+    from trainer.objective.ssync import select
+    from trainer.observe.render import GalleryItem
+
+    chosen = select(output.attn_logits, output.object_logits, output.grid, config.objective.ssync)
+    parts = {
+        name: getattr(chosen, name)[0].cpu().numpy()
+        for name in ("attn_labels", "object_labels", "merged_attn_labels", "merged_object_labels", "boundary", "interior")
+    }
+    assert batch.frames is not None
+    truth = None if batch.instance_ids is None else batch.instance_ids[0].numpy()
+    return GalleryItem(key=batch.keys[0], frames=batch.frames[0].numpy(), truth=truth, grid=batch.grid, scores={}, **parts)
+
+
+def _gather_gallery(own: list[tuple[int, GalleryItem]], per_video: Mapping[int, Mapping[str, float | None]]) -> list[GalleryItem]:
+    from dataclasses import replace
+
+    from trainer import distributed
+
+    items = sorted((pair for part in distributed.gather_objects(own) for pair in part), key=lambda pair: pair[0])
+    shown = [(item, per_video.get(number, {})) for number, item in items]
+    return [replace(item, scores={key: value for key, value in scores.items() if value is not None}) for item, scores in shown]
+
+
+def main(argv: list[str]) -> int:
+    if not argv or "--help" in argv or "-h" in argv:
+        print(HELP, end="")
+        return 0
+    from data_pipeline.compose import compose
+    from trainer.config import EvaluationConfig
+
+    return evaluate_run(compose("evaluate", EvaluationConfig, argv))
+
+
+def evaluate_run(settings: EvaluationConfig) -> int:
+    """Score a run folder's checkpoint; print the table and write the scores."""
+    import json
+    import sys
+    from dataclasses import replace
+    from pathlib import Path
+
+    from trainer import checkpoint, distributed
+    from trainer.build import build_model, build_video_loader
+    from trainer.engine import choose_device
+    from trainer.observe.console import Console
+    from trainer.run_folder import read_config
+
+    run = Path(settings.run)
+    config = read_config(run)
+    data = replace(
+        config.data,
+        root=settings.root or config.data.root,
+        val_split=settings.split or config.data.val_split,
+        val_limit=settings.limit if settings.limit is not None else config.data.val_limit,
+    )
+    config = replace(config, data=data, evaluate=replace(config.evaluate, maps=settings.maps))
+    device, world = choose_device(settings.device), distributed.world_from_environment()
+    distributed.start(device, config.parallel.timeout_s)
+    found = _choose_checkpoint(run, settings.step, device)
+    model = build_model(config.model, config.seed).to(device)
+    untrained = build_model(config.model, config.seed).to(device)
+    checkpoint.load_weights(model, found)
+    result = evaluate_model(model, build_video_loader(config, world), config, device.type)
+    baselines = evaluate_baselines(build_video_loader(config, world), config, untrained, device.type) if settings.baselines else {}
+    if world.rank == 0:
+        out = Path(settings.out) if settings.out else run / "evaluation.json"
+        content = {"step": found.state.step, "shards": data.root, "split": data.val_split, "videos": result.num_videos, "scores": result.scores}
+        checkpoint.write_atomically(out, json.dumps(content | {"baselines": baselines}, indent=1))
+        flat = {f"metric/{key}": value for key, value in result.scores.items()}
+        flat |= {f"baseline/{name}/{key}": value for name, table in baselines.items() for key, value in table.items()}
+        title = f"{run.name}, step {found.state.step}: {result.num_videos} videos of {data.root}/{data.val_split}, in %"
+        Console(0, stream=sys.stdout).score_table(flat, title)
+        print(f"written: {out}")
+    distributed.stop()
+    return 0
+
+
+def _choose_checkpoint(run, step, device):
+    from data_pipeline.errors import ConfigError
+    from trainer import checkpoint
+
+    root = run / "checkpoints"
+    if step is None:
+        found = checkpoint.load_newest(root, device, report=print)
+        if found is None:
+            raise ConfigError(f"run={run}; it has no checkpoint yet; train it first, or name another run folder")
+        return found
+    path = root / checkpoint.folder_name(step)
+    reason = checkpoint.problem(path)
+    if reason:
+        have = ", ".join(str(int(item.name[5:])) for item in checkpoint.candidates(root)) or "none"
+        raise ConfigError(f"step={step}: {path} does not verify ({reason}); choose one of {have}")
+    return checkpoint.read(path)
+
+
+if __name__ == "__main__":
+    import sys
+
+    from data_pipeline.compose import run_command
+
+    sys.exit(run_command(main))

@@ -1,0 +1,101 @@
+"""The trainer's door: configuration, run folder, process group, train, teardown. One process of this is one rank.
+
+`python -m trainer.main [experiment=NAME] [group=member] [key=value ...]`; cluster/launch.py starts many of it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+HELP = """python -m trainer.main [experiment=NAME] [group=member ...] [key=value ...]
+
+Trains one model on shards, as one rank; `python cluster/launch.py --nodes N` starts as many as you have.
+
+  experiment=ssync_movi_c     a published experiment: see configs/experiment/
+  name=my_run                 run folder runs/my_run; the same name goes on where the last attempt stopped
+  data.root=FOLDER            shards, made by python -m data_pipeline.build
+  objective=ssync             group members: see configs/{data,model,objective,optim,parallel,observe}/
+  optim.max_steps=1000        any setting by its full key
+
+Exit codes: 0 done, 75 stopped on request after a checkpoint (start it again), 2 a setting or a file is wrong, others failure.
+"""
+
+
+def main(argv: list[str]) -> int:
+    if "--help" in argv or "-h" in argv:
+        print(HELP, end="")
+        return 0
+    from data_pipeline.compose import compose
+    from trainer.config import RunConfig
+
+    config = compose("train", RunConfig, argv)
+    return _train(config)
+
+
+def _train(config) -> int:
+    from trainer import distributed, run_folder
+    from trainer.preemption import StopRequest
+
+    stop = StopRequest().install()
+    world = distributed.world_from_environment()
+    _set_threads(config.parallel.threads)
+    from trainer.engine import choose_device
+    from trainer.step import NonFiniteLoss
+    from trainer.train_loop import Training
+
+    run = run_folder.folder_of(config)
+    distributed.start(choose_device(config.parallel.device), config.parallel.timeout_s)
+    attempt = distributed.from_main(run_folder.attempt_of(run))
+    _main_rank_prepares(run, config, attempt)
+    if (run / "DONE").is_file() and world.rank == 0:
+        print(f"{run.name} has finished before; going on adds nothing unless optim.max_steps grew", file=sys.stderr)
+    training = Training(config, world, run, attempt, stop)
+    try:
+        return training.run_to_end()
+    except NonFiniteLoss as error:
+        training.observer.non_finite()
+        print(f"error: {error}; last good checkpoint: step {training.saved_step}", file=sys.stderr)
+        return 1
+    finally:
+        training.close()
+
+
+def _main_rank_prepares(run, config, attempt: int) -> None:
+    """Rank 0 makes the run folder; a refusal reaches all ranks, so that none waits for it."""
+    from data_pipeline.errors import ConfigError
+    from trainer import distributed, run_folder
+
+    refusal = None
+    if not distributed.many() or __import__("torch").distributed.get_rank() == 0:
+        try:
+            run_folder.prepare(run, config, attempt)
+        except ConfigError as error:
+            refusal = str(error)
+    refusal = distributed.from_main(refusal)
+    if refusal:
+        raise ConfigError(refusal)
+
+
+def _set_threads(threads: int) -> None:
+    """parallel.threads, else OMP_NUM_THREADS as the launcher set it, else this rank's share of the usable cores."""
+    import torch
+
+    if not threads and "OMP_NUM_THREADS" not in os.environ:
+        threads = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    if threads:
+        torch.set_num_threads(threads)
+
+
+def leave(code: int) -> None:
+    """End this rank. Everything is written and closed by now: skip the interpreter's teardown, where gloo's threads now and then abort
+    a process that has done its work, which the launcher would take for a failure."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    from data_pipeline.compose import run_command
+
+    leave(run_command(main))

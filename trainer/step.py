@@ -1,0 +1,192 @@
+"""One optimizer update, start to finish. Losses are means over the global batch, however it is cut.
+
+Each term gives a sum and a count; its loss is weight * (sum over all ranks and micro-batches) / (count over all of them). Counts are
+agreed on before the first backward, so each micro-batch's gradient is its exact share. Terms that couple clips (slot contrast) are
+evaluated on the gathered slots first; their gradient with respect to the slots joins each micro-batch's backward.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from data_pipeline.batch import ClipBatch
+from trainer import distributed
+from trainer.engine import Engine
+from trainer.model.outputs import ModelOutput
+from trainer.objective import Objective, TermValue
+
+
+class NonFiniteLoss(RuntimeError):
+    """A loss term is not finite on some rank. Nothing was updated."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """What a step did: each term's global mean (unweighted), the weighted total, seconds by phase, whether a rank asked to stop."""
+
+    total: float
+    terms: dict[str, float]
+    seconds: dict[str, float]
+    stop: bool
+
+
+@dataclass
+class Clock:
+    """Wall seconds by phase, added up."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    _last: float = field(default_factory=time.perf_counter)
+
+    def lap(self, phase: str) -> None:
+        now = time.perf_counter()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
+        self._last = now
+
+
+def train_step(
+    engine: Engine, objective: Objective, batch: ClipBatch, real_per_rank: Sequence[int], step: int, lr: float, stop: bool = False
+) -> StepReport:
+    """Apply update number `step` (0 is the first). Collective. `real_per_rank`: how many clips of the batch each rank holds.
+
+    Raises NonFiniteLoss on every rank, before the update, with the ranks and terms at fault.
+    One host read a step (finiteness, stop requests and loss values in one vector), after the backward is queued.
+    """
+    clock = Clock()
+    parts = [part.to(engine.device) for part in batch.split(engine.accumulation)]
+    outputs, slots, local = _look(engine, objective, parts, step)
+    coupled, slot_grads = _couple(objective, slots, [part.num_real for part in parts], real_per_rank, batch.size, step)
+    counts = _global_counts(local, coupled, engine.device)
+    clock.lap("forward")
+
+    for number, part in enumerate(parts):
+        output = outputs[number] if outputs else engine.forward(part.features.float())
+        clock.lap("forward")
+        real = output.first(part.num_real)
+        terms = objective.local(real, step) if outputs is None else local[number]
+        loss = _share(objective, terms, counts, step)
+        if slot_grads is not None:
+            grad = slot_grads[number] / counts["slot_contrast"].clamp(min=1).to(slot_grads[number].dtype)
+            loss = loss + objective.weight("slot_contrast", step) * (real.slots * grad).sum()
+        # keeps every output in the graph, so that the backward of all ranks runs the same collectives (a rank may hold only padding)
+        loss = loss + 0.0 * sum(tensor[:0].sum() for tensor in output[:4])
+        engine.backward(loss)
+        local[number] = {name: TermValue(value.sum.detach(), value.count) for name, value in terms.items()}
+        if outputs:
+            outputs[number] = None  # type: ignore[call-overload]  # frees this micro-batch's tensors
+        clock.lap("backward")
+
+    report = _agree(objective, local, coupled, counts, step, stop, engine.device)
+    engine.step(lr)
+    clock.lap("optimizer")
+    return StepReport(total=report[0], terms=report[1], seconds=clock.seconds, stop=report[2])
+
+
+def _look(
+    engine: Engine, objective: Objective, parts: list[ClipBatch], step: int
+) -> tuple[list[ModelOutput] | None, list[Tensor], list[dict[str, TermValue]]]:
+    """Outputs, real clips' slots and local terms of each micro-batch.
+
+    One micro-batch keeps its graph. Several are looked at without gradient (outputs None) and run again one by one: the counts and the
+    coupled terms need all of them before the first backward, and memory has room for one.
+    """
+    if len(parts) == 1:
+        output = engine.forward(parts[0].features.float())
+        real = output.first(parts[0].num_real)
+        return [output], [real.slots.detach()], [objective.local(real, step)]
+    slots, local = [], []
+    for part in parts:
+        real = engine.look(part.features.float()).first(part.num_real)
+        slots.append(real.slots)
+        local.append(objective.local(real, step))
+    return None, slots, local
+
+
+def _couple(
+    objective: Objective, slots: list[Tensor], num_real: list[int], real_per_rank: Sequence[int], padded: int, step: int
+) -> tuple[dict[str, TermValue], list[Tensor] | None]:
+    """Coupled terms of this rank's clips, and the gradient of their global sum with respect to each micro-batch's slots."""
+    if objective.weight("slot_contrast", step) == 0:
+        return {}, None
+    own = torch.cat(slots)
+    if objective.coupled_scope == "global" and distributed.many():
+        rank = torch.distributed.get_rank()
+        rows = distributed.gather_clips(own, padded)
+        everyone = torch.cat([rows[index, :count] for index, count in enumerate(real_per_rank)])
+        start = sum(real_per_rank[:rank])
+    else:
+        everyone, start = own, 0
+    leaf = everyone.detach().requires_grad_()
+    with torch.enable_grad():
+        terms = objective.coupled(leaf, slice(start, start + own.shape[0]), step)
+        (grad,) = torch.autograd.grad(sum(value.sum for value in terms.values()), leaf, allow_unused=True)
+    grad = torch.zeros_like(leaf) if grad is None else grad
+    if objective.coupled_scope == "global":
+        distributed.all_sum(grad)
+    mine = grad[start : start + own.shape[0]]
+    detached = {name: TermValue(value.sum.detach(), value.count) for name, value in terms.items()}
+    return detached, list(mine.split(num_real))
+
+
+def _global_counts(local: list[dict[str, TermValue]], coupled: dict[str, TermValue], device: torch.device) -> dict[str, Tensor]:
+    """Count of each term over all ranks and micro-batches. One all-reduce."""
+    names = [*local[0], *coupled]
+    totals = [sum(part[name].count.double() for part in local) for name in local[0]] + [value.count.double() for value in coupled.values()]
+    # float64: counts of a long run's batch pass 2**24, where float32 stops counting
+    vector = distributed.all_sum(torch.stack([torch.as_tensor(total, dtype=torch.float64, device=device) for total in totals]))
+    return dict(zip(names, vector, strict=True))
+
+
+def _share(objective: Objective, terms: dict[str, TermValue], counts: dict[str, Tensor], step: int) -> Tensor | float:
+    """This micro-batch's share of the global weighted loss."""
+    total: Tensor | float = 0.0
+    for name, value in terms.items():
+        count = counts[name] if objective.nan_when_empty(name) else counts[name].clamp(min=1)
+        total = total + objective.weight(name, step) * value.sum / count.to(value.sum.dtype)
+    return total
+
+
+def _agree(
+    objective: Objective,
+    local: list[dict[str, TermValue]],
+    coupled: dict[str, TermValue],
+    counts: dict[str, Tensor],
+    step: int,
+    stop: bool,
+    device: torch.device,
+) -> tuple[float, dict[str, float], bool]:
+    """Global means, their weighted total and whether anybody wants to stop; raises when a term is not finite anywhere."""
+    sums = {name: sum(part[name].sum.double() for part in local) for name in local[0]}
+    sums |= {name: value.sum.double() for name, value in coupled.items()}
+    own = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device) for value in sums.values()])
+    wish = torch.tensor([float(stop)], dtype=torch.float64, device=device)
+    totals = distributed.all_sum(torch.cat([own, wish]))
+    # the one host read of a step
+    *sums_read, wishes = torch.cat([totals[:-1], torch.stack(list(counts.values())), totals[-1:]]).tolist()
+    reached, divisors = sums_read[: len(sums)], sums_read[len(sums) :]
+    terms = {}
+    for name, value, count in zip(sums, reached, divisors, strict=True):
+        count = count if objective.nan_when_empty(name) else max(count, 1.0)
+        terms[name] = value / count if count else float("nan")
+    total = sum(objective.weight(name, step) * value for name, value in terms.items())
+    if not all(map(_finite, terms.values())):
+        _raise_non_finite(dict(zip(sums, own.tolist(), strict=True)), terms, step)
+    return total, terms, wishes > 0
+
+
+def _finite(value: float) -> bool:
+    return value - value == 0
+
+
+def _raise_non_finite(own: dict[str, float], terms: dict[str, float], step: int) -> None:
+    bad = distributed.gather_objects([name for name, value in own.items() if not _finite(value)])
+    ranks = [rank for rank, names in enumerate(bad) if names] or list(range(len(bad)))
+    shown = ", ".join(f"{name}={value:.4g}" for name, value in terms.items())
+    raise NonFiniteLoss(
+        f"loss is not finite at step {step} on ranks {ranks}: {shown}; nothing was updated; "
+        "look at the batch of this step (observe.record_order=true), or lower optim.lr"
+    )

@@ -1,0 +1,122 @@
+"""When to step, log, evaluate, save and stop."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+
+from data_pipeline.order import World
+from trainer import checkpoint, distributed, evaluate
+from trainer.build import build_clip_loader, build_model, build_objective, build_video_loader, real_per_rank
+from trainer.config import RunConfig
+from trainer.engine import Engine, choose_device
+from trainer.observe.observer import Observer
+from trainer.preemption import StopRequest
+from trainer.schedule import SCHEDULES
+from trainer.state import TrainState
+from trainer.step import Clock, train_step
+
+DONE, REQUEUE = 0, 75
+
+
+class Training:
+    """A run between its start (or resume) and its end, on one rank. Every method is collective."""
+
+    def __init__(self, config: RunConfig, world: World, run: Path, attempt: int, stop: StopRequest) -> None:
+        self.config, self.world, self.run, self.stop = config, world, run, stop
+        self.checkpoints = run / "checkpoints"
+        self.device = choose_device(config.parallel.device)
+        distributed.start(self.device, config.parallel.timeout_s)
+        self.observer = Observer(config, world, run, attempt)
+        found = checkpoint.load_newest(self.checkpoints, self.device, self.observer.verify_failed)
+        model = build_model(config.model, config.seed)
+        if found is not None:
+            checkpoint.load_weights(model, found)
+        self.step = found.state.step if found else 0
+        self.loader = build_clip_loader(config, world, position=self.step * config.optim.global_batch)
+        if found is not None:
+            found.state.position.require_same_stream(self._state().position)
+        example = torch.zeros(1, config.data.clip_len, config.model.grid[0] * config.model.grid[1], config.model.feature_dim)
+        self.engine = Engine(
+            model, config.optim, config.parallel, self.device, adam=found.adam if found else None, example=example.to(self.device)
+        )
+        self.objective = build_objective(config)
+        self.saved_step = self.step if found else -1
+        self.observer.started(self.step, self.loader, sum(parameter.numel() for parameter in model.parameters()) if found is None else None)
+
+    def run_to_end(self) -> int:
+        """Train to optim.max_steps, evaluate, report. Returns the exit code: 0 done, 75 stopped on request after a checkpoint."""
+        config = self.config
+        shares = real_per_rank(config, self.world)
+        schedule = SCHEDULES[config.optim.schedule]
+        batches = iter(self.loader)
+        while self.step < config.optim.max_steps:
+            waited = Clock()
+            batch = next(batches)
+            waited.lap("data")
+            lr = config.optim.lr * schedule(self.step, config.optim)
+            report = train_step(self.engine, self.objective, batch, shares, self.step, lr, stop=self.stop.requested)
+            self.step += 1
+            self.observer.stepped(self.step, report, batch, waited.seconds["data"], lr, self.engine, self.loader)
+            if report.stop:
+                return self._stop_early()
+            if self._due(config.evaluate.every_steps) and self.step < config.optim.max_steps:
+                self._evaluate()
+            if self._due(config.checkpoint.every_steps):
+                self._save()
+        return self._finish()
+
+    def close(self) -> None:
+        self.loader.close()
+        self.observer.close()
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.step % every == 0
+
+    def _state(self) -> TrainState:
+        return TrainState(step=self.step, position=self.loader.state())
+
+    def _save(self) -> None:
+        if self.saved_step == self.step:
+            return
+        norm = self.engine.grad_norm()
+        if norm - norm != 0:  # one read, only where a checkpoint is due
+            raise RuntimeError(
+                f"gradient norm is {norm} at step {self.step}; such weights are not saved; the last checkpoint is step {self.saved_step}; lower optim.lr"
+            )
+        began = time.perf_counter()
+        saved = checkpoint.save(self.checkpoints, self.engine, self._state(), self.config.checkpoint.keep, self.observer.verify_failed)
+        self.saved_step = self.step
+        self.observer.saved(self.step, saved.num_bytes, time.perf_counter() - began)
+
+    def _stop_early(self) -> int:
+        self._save()
+        self.observer.preempted(self.step, self.stop.kind)
+        return REQUEUE
+
+    def _evaluate(self, num_pictures: int = 0) -> evaluate.Evaluation:
+        began = time.perf_counter()
+        model = self.engine.plain_model(lambda: build_model(self.config.model, self.config.seed))
+        with_loader = build_video_loader(self.config, self.world)
+        result = evaluate.evaluate_model(model, with_loader, self.config, self.device.type, num_pictures)
+        self.observer.evaluated(self.step, result, time.perf_counter() - began)
+        return result
+
+    def _finish(self) -> int:
+        """The last checkpoint, the scores beside their baselines, the report, and DONE."""
+        config = self.config
+        self._save()
+        if config.evaluate.at_end:
+            result = self._evaluate(config.observe.report_videos if config.observe.report else 0)
+            baselines = self._baselines() if config.evaluate.baselines else {}
+            self.observer.finished(self.step, result, baselines)
+        if self.world.rank == 0:
+            checkpoint.write_atomically(self.run / "DONE", f"step {self.step}\n")
+        distributed.barrier()
+        return DONE
+
+    def _baselines(self) -> dict[str, dict[str, float]]:
+        untrained = build_model(self.config.model, self.config.seed).to(self.device)
+        return evaluate.evaluate_baselines(build_video_loader(self.config, self.world), self.config, untrained, self.device.type)
