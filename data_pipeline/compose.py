@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import re
 import sys
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,7 +18,7 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -67,8 +68,6 @@ def keys_of(schema: type, prefix: str = "") -> list[str]:
 
 
 def _dataclass_of(schema: type, name: str) -> type | None:
-    import typing
-
     kind = typing.get_type_hints(schema)[name]
     return kind if isinstance(kind, type) and dataclasses.is_dataclass(kind) else None
 
@@ -103,7 +102,11 @@ def _explain(error: Exception, schema: type, overrides: Sequence[str]) -> str:
         hint = f"; did you mean {near[0]}?" if near else ""
         return f"{Path(wanted).parent}={Path(wanted).name} does not exist; choose one of {', '.join(names)}{hint}"
     value = next((over.split("=", 1)[1] for over in overrides if over.lstrip("+~").split("=", 1)[0] == key and "=" in over), None)
+    if any(isinstance(item, OverrideParseException) for item in chain):
+        bad = next((over for over in overrides if "=" not in over), None) or " ".join(overrides)
+        return f"{bad!r} cannot be read as a setting; settings are key=value; quote values with special characters"
     reason = next((text.splitlines()[0] for text in reversed(texts) if text.strip()), "refused")
+    reason = reason.replace("Value '$VALUE' of type '$VALUE_TYPE'", "the value").replace("$FULL_KEY", key)
     shown = f"{key}={value}" if key and value is not None else key or "the configuration"
     return f"{shown}: {reason}; change the value"
 

@@ -9,6 +9,7 @@ from omegaconf import MISSING
 from data_pipeline.errors import ConfigError, check_at_least, check_choice
 
 RESIZE_RULES = ("stretch", "crop")
+DIFFICULTIES = ("easy", "movi_c", "movi_e")
 
 
 @dataclass(kw_only=True)
@@ -43,6 +44,10 @@ class YtvisSource(SourceConfig):
     train_views: list[str] = field(default_factory=lambda: ["center", "crop0", "crop1"])
     num_validation: int = 300  # the last so many videos of the train file, in file order (SlotContrast's split)
 
+    def __post_init__(self) -> None:
+        SourceConfig.__post_init__(self)
+        check_at_least("source.num_validation", self.num_validation, 0)
+
 
 @dataclass(kw_only=True)
 class SyntheticSource(SourceConfig):
@@ -56,6 +61,14 @@ class SyntheticSource(SourceConfig):
     num_validation: int = 40
     num_frames: int = 16
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        SourceConfig.__post_init__(self)
+        check_choice("source.difficulty", self.difficulty, DIFFICULTIES)
+        check_at_least("source.image_size", self.image_size, 16)  # below that objects shrink to a pixel or two
+        for name in ("num_frames", "num_train", "num_validation"):
+            check_at_least(f"source.{name}", getattr(self, name), 1)
+        check_at_least("source.seed", self.seed, 0)
 
 
 @dataclass(kw_only=True)
@@ -120,7 +133,7 @@ class DataConfig:
     features: str = MISSING  # extractor the shards must hold
     layer: str = "last_block"
     image_size: int = 336
-    clip_len: int = 4  # frames of a training clip: chunks aligned at multiples of clip_len (vocl-core 3.1)
+    clip_len: int = 4  # frames of a training clip: chunks aligned at multiples of clip_len
     views: list[str] = field(default_factory=lambda: ["center", "center+hflip"])
     block_shards: int = 8  # shards whose samples are shuffled together
     read_threads: int = 2

@@ -56,7 +56,7 @@ class FeatureReconstructionConfig:
 class SlotContrastConfig:
     weight: float = 0.5
     temperature: float = 0.1
-    axis: str = "official_later_anchor"  # official_later_anchor | paper_earlier_anchor (vocl-core 2.2)
+    axis: str = "official_later_anchor"  # official_later_anchor | paper_earlier_anchor
     scope: str = "global"  # candidates: global | rank (as released) | video (batch_contrast=false)
 
     def __post_init__(self) -> None:
@@ -68,7 +68,7 @@ class SlotContrastConfig:
 
 @dataclass(kw_only=True)
 class MergeConfig:
-    """SSync's merging of redundant slots (vocl-core 2.5 steps 1 and 2)."""
+    """SSync's merging of redundant slots."""
 
     mode: str = "transitive"  # transitive | pairwise | none
     source: str = "A"  # A | D | A_or_D | A_and_D | avg_map | avg_iou
@@ -83,7 +83,7 @@ class MergeConfig:
 
 @dataclass(kw_only=True)
 class SSyncConfig:
-    """Selective synergistic learning (vocl-core 2.5)."""
+    """Selective synergistic learning."""
 
     boundary_weight: float = 0.0  # 1.0 is published for SSync; 0 leaves SlotContrast
     interior_weight: float = 0.0
@@ -125,7 +125,7 @@ class ObjectiveConfig:
 
 @dataclass(kw_only=True)
 class OptimConfig:
-    """Adam with warm-up and exponential decay (vocl-core 3)."""
+    """Adam with warm-up and exponential decay."""
 
     lr: float = 8e-4
     max_steps: int = 100_000

@@ -1,0 +1,66 @@
+"""Broadcast decoder: slots of a frame come in, reconstructed features and object logits of every patch go out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from trainer.precision import at_least_float32
+
+
+def fourier_positions(grid: tuple[int, int], dim: int) -> Tensor:
+    """Sines and cosines of y and x at every patch centre, k half periods across the picture, k = 1, 2, ...
+
+    Shapes: (P, D), P = Y*X row-major. Units: each channel lies in [-1, 1], about the scale of a slot's channel.
+    """
+    y, x = (((torch.arange(side) + 0.5) / side) for side in grid)
+    y_of_patch, x_of_patch = (axis.flatten() for axis in torch.meshgrid(y, x, indexing="ij"))
+    angles = math.pi * torch.arange(1, dim // 4 + 2)
+    waves = [wave(where[:, None] * angles) for where in (y_of_patch, x_of_patch) for wave in (torch.sin, torch.cos)]
+    return torch.stack(waves, dim=2).flatten(1)[:, :dim].contiguous()
+
+
+class MLPDecoder(nn.Module):
+    """An MLP reads slot + position at every patch; its last row is the slot's object logit there, softmax over slots mixes.
+
+    Source: SlotContrast, released code (the same function, the same weights).
+    Differs in how it is computed, exactly up to rounding: the first layer is linear in slot + position, so both are
+    projected alone and added; the mixture is taken over the last hidden layer and projected once, which the maps allow
+    because they sum to one over the slots.
+    The weights lie on this module, not on child layers: ZeRO-3 gathers what belongs to the module that runs.
+    """
+
+    def __init__(self, dim: int, feature_dim: int, hidden: Sequence[int], grid: tuple[int, int], positions: str = "normal"):
+        super().__init__()
+        self.feature_dim = feature_dim
+        num_patches = grid[0] * grid[1]
+        start = fourier_positions(grid, dim) if positions == "fourier" else torch.randn(num_patches, dim) * dim**-0.5
+        self.positions = nn.Parameter(start)
+        widths = [dim, *hidden, feature_dim + 1]
+        self.num_layers = len(widths) - 1
+        for layer, (fan_in, fan_out) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+            bound = fan_in**-0.5  # PyTorch's own for a linear layer, biases too, which is what the released code ends with
+            self.register_parameter(f"weight_{layer}", nn.Parameter(torch.empty(fan_out, fan_in).uniform_(-bound, bound)))
+            self.register_parameter(f"bias_{layer}", nn.Parameter(torch.empty(fan_out).uniform_(-bound, bound)))
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+        return getattr(self, f"weight_{index}"), getattr(self, f"bias_{index}")
+
+    def forward(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Shapes: slots (N, S, D), N frames -> reconstruction (N, P, E), object_logits (N, S, P), at least float32."""
+        weight, bias = self.layer(0)
+        from_slots, from_positions = linear(slots, weight, bias), linear(self.positions, weight)
+        hidden = (from_slots[:, None] + from_positions[:, None]).relu()  # (N, P, S, H)
+        for index in range(1, self.num_layers - 1):
+            hidden = linear(hidden, *self.layer(index)).relu()
+        weight, bias = self.layer(self.num_layers - 1)
+        rows = [self.feature_dim, 1]
+        (to_features, to_logit), (features_bias, logit_bias) = weight.split(rows), bias.split(rows)
+        object_logits = at_least_float32(linear(hidden, to_logit, logit_bias)).squeeze(3)
+        object_maps = object_logits.softmax(dim=2)
+        mixed = (object_maps.to(hidden.dtype)[:, :, None] @ hidden).squeeze(2)  # (N, P, H)
+        return linear(mixed, to_features, features_bias), object_logits.transpose(1, 2)

@@ -1,0 +1,89 @@
+"""Slots through time: first queries, correction by slot attention frame after frame, prediction of the next queries.
+
+Mapped features of a clip come in, slots and attention logits of every frame go out.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from data_pipeline.features.attention import attention
+from trainer.model.slot_attention import SlotAttention
+
+
+class LearnedQueries(nn.Module):
+    """S learned first queries, the same for every clip: N(0, 1/D)."""
+
+    def __init__(self, num_slots: int, dim: int):
+        super().__init__()
+        self.slots = nn.Parameter(torch.randn(num_slots, dim) * dim**-0.5)
+
+    def forward(self, num_clips: int) -> Tensor:
+        return self.slots.expand(num_clips, -1, -1).clone()  # a copy: ZeRO-3 takes the parameter's memory back after this call
+
+
+class Predictor(nn.Module):
+    """One pre-norm transformer block over the slots of a frame; makes the next frame's queries.
+
+    Source: SlotContrast, released code.
+    Differs from a standard block: with scale="official_inverted" the logits are q.k * sqrt(d) instead of q.k / sqrt(d),
+    because the released code divides the query by d^-1/2; published weights need it.
+    """
+
+    def __init__(self, dim: int, num_heads: int, scale: str = "official_inverted"):
+        super().__init__()
+        self.num_heads = num_heads
+        head_dim = dim // num_heads
+        self.scale = head_dim**0.5 if scale == "official_inverted" else head_dim**-0.5
+        self.norm_attention = nn.LayerNorm(dim)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.out = nn.Linear(dim, dim)
+        self.norm_mlp = nn.LayerNorm(dim)
+        self.expand = nn.Linear(dim, 4 * dim)
+        self.contract = nn.Linear(4 * dim, dim)
+        bound = math.sqrt(6 / (2 * dim))  # Xavier as if q, k and v were three square matrices
+        nn.init.uniform_(self.qkv.weight, -bound, bound)
+        nn.init.xavier_uniform_(self.out.weight)
+        nn.init.zeros_(self.qkv.bias)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, slots: Tensor) -> Tensor:
+        """(B, S, D) -> (B, S, D)"""
+        clips, num_slots, dim = slots.shape
+        qkv = self.qkv(self.norm_attention(slots)).view(clips, num_slots, 3, self.num_heads, dim // self.num_heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)
+        mixed = attention(query, key, value, scale=self.scale)
+        slots = slots + self.out(mixed.transpose(1, 2).flatten(2))
+        return slots + self.contract(self.expand(self.norm_mlp(slots)).relu())
+
+
+class SlotRecurrence(nn.Module):
+    """Scan over the frames of a clip.
+
+    Differs: the released code also predicts after the last frame and discards the result; here that call is left out,
+    so a clip of one frame gives the predictor no gradient in either.
+    """
+
+    def __init__(self, slot_attention: SlotAttention, predictor: Predictor, iters_first: int, iters_next: int):
+        super().__init__()
+        self.slot_attention = slot_attention
+        self.predictor = predictor
+        self.iters_first = iters_first
+        self.iters_next = iters_next
+
+    def forward(self, queries: Tensor, mapped: Tensor) -> tuple[Tensor, Tensor]:
+        """queries (B, S, D), mapped (B, T, P, D) -> slots (B, T, S, D), attn_logits (B, T, S, P)"""
+        keys, values = self.slot_attention.keys_values(mapped)
+        slots: list[Tensor] = []
+        logits: list[Tensor] = []
+        for frame in range(mapped.shape[1]):  # each frame's queries come from the frame before: this loop cannot go
+            if frame > 0:
+                queries = self.predictor(slots[-1])
+            num_iters = self.iters_next if frame else self.iters_first
+            corrected, frame_logits = self.slot_attention(queries, keys[:, frame], values[:, frame], num_iters)
+            slots.append(corrected)
+            logits.append(frame_logits)
+        return torch.stack(slots, dim=1), torch.stack(logits, dim=1)
