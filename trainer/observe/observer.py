@@ -1,0 +1,179 @@
+"""Observer: what the training loop tells goes to the run log, the console, Prometheus and the report. It changes nothing.
+
+Rank 0 writes metrics.jsonl and the report and owns the console; every rank serves its own metrics.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from data_pipeline.batch import ClipBatch
+from data_pipeline.loader import ClipLoader
+from data_pipeline.order import World
+from trainer import distributed
+from trainer.config import RunConfig
+from trainer.engine import Engine
+from trainer.evaluate import Evaluation
+from trainer.metrics.throughput import Meter
+from trainer.observe import targets
+from trainer.observe.console import Console
+from trainer.observe.prometheus import Exporter, StepStats
+from trainer.observe.report import write_report
+from trainer.observe.run_log import RunLog
+from trainer.step import StepReport
+
+HEARTBEAT_S = 60.0
+
+
+class Observer:
+    def __init__(self, config: RunConfig, world: World, run: Path, attempt: int) -> None:
+        self.config, self.world, self.run, self.attempt = config, world, run, attempt
+        self.is_main = world.rank == 0
+        self.console = Console(config.optim.max_steps, enabled=self.is_main)
+        self.meter = Meter()
+        self.log: RunLog | None = None
+        self.order: RunLog | None = None
+        self.exporter = self._export() if config.observe.metrics else None
+        self._skipped = 0
+        self._heartbeat = time.monotonic()
+
+    # -- told by the training loop ----------------------------------------------------------------------------------------
+
+    def started(self, step: int, loader: ClipLoader, num_parameters: int | None) -> None:
+        """The first update of this attempt comes next; `step` updates were done before."""
+        if self.is_main:
+            self.log = RunLog(self.run / "metrics.jsonl", resume_step=step)
+            clips, shards = len(loader.dataset), len(loader.dataset.index.shards)
+            begin = f"going on from checkpoint of step {step}" if step else "starting at step 0"
+            size = f"{num_parameters / 1e6:.2f} M parameters, " if num_parameters else ""
+            self.console.note(
+                f"run {self.run.name}, attempt {self.attempt}: {begin}; {size}{clips} videos in {shards} shards, "
+                f"{self.world.size} rank(s), {self.config.optim.global_batch} clips an update"
+            )
+        if self.config.observe.record_order:
+            self.order = RunLog(self.run / "order" / f"rank{self.world.rank}.jsonl", resume_step=step)
+        self.console.start(step)
+        self.meter.restart()
+
+    def stepped(
+        self, step: int, report: StepReport, batch: ClipBatch, wait_s: float, lr: float, engine: Engine, loader: ClipLoader
+    ) -> None:
+        """Update number `step` (1 is the first) was applied."""
+        frames = batch.num_real * batch.features.shape[1]
+        self.meter.update(self.config.optim.global_batch, self.config.optim.global_batch * batch.features.shape[1], wait_s)
+        if self.order is not None:
+            self.order.write(step, {"ids": list(batch.sample_ids[: batch.num_real])})
+        if self.exporter is not None:
+            phases = {"data": wait_s, **report.seconds}
+            self.exporter.observe_step(
+                StepStats(batch.num_real, frames, phases, wait_s, loader.queue_depth(), loader.position, batch.epoch)
+            )
+            if loader.skipped > self._skipped:
+                self.exporter.skipped(loader.skipped - self._skipped)
+        self._skipped = loader.skipped
+        if step % self.config.observe.log_every == 0 or step == self.config.optim.max_steps or report.stop:
+            self._logged(step, report, lr, engine, batch.epoch)
+
+    def saved(self, step: int, num_bytes: int, seconds: float) -> None:
+        if self.exporter is not None:
+            self.exporter.checkpoint_saved(num_bytes, seconds)
+        if self.log is not None:
+            self.log.write(step, {"checkpoint/bytes": num_bytes, "checkpoint/seconds": seconds})
+        self.meter.restart()
+
+    def verify_failed(self, text: str) -> None:
+        """A checkpoint on disk is damaged."""
+        if self.exporter is not None:
+            self.exporter.checkpoint_verify_failed()
+        self.console.note(f"warning: {text}")
+
+    def evaluated(self, step: int, result: Evaluation, seconds: float) -> None:
+        scores = {f"metric/{name}": value for name, value in result.scores.items()}
+        if self.log is not None:
+            self.log.write(step, scores | {"evaluate/seconds": seconds, "evaluate/videos": result.num_videos})
+        if self.exporter is not None:
+            self.exporter.score(scores)
+        if scores:
+            shown = [f"{name} {100 * result.scores[name]:.1f}" for name in ("video_fg_ari", "video_mbo") if name in result.scores]
+            self.console.note(f"step {step}: {', '.join(shown)} on {result.num_videos} videos ({seconds:.1f} s)")
+        self.meter.restart()
+
+    def finished(self, step: int, result: Evaluation, baselines: Mapping[str, Mapping[str, float]]) -> None:
+        """The score table with its baselines, and the report."""
+        flat = {f"baseline/{name}/{key}": value for name, table in baselines.items() for key, value in table.items()}
+        if self.log is not None and flat:
+            self.log.write(step, flat)
+        scores = {f"metric/{name}": value for name, value in result.scores.items()}
+        self.console.close()
+        self.console.score_table(scores | flat, f"{self.run.name}: {result.num_videos} validation videos after {step} steps, in %")
+        if self.is_main and self.config.observe.report:
+            self.console.note(f"report: {write_report(self.run, result.gallery)}")
+
+    def preempted(self, step: int, kind: str) -> None:
+        if self.exporter is not None:
+            self.exporter.preempted()
+        self.console.note(f"stopped on request ({kind or 'another rank was asked'}) after step {step}; its checkpoint is saved; start the run again to go on")
+
+    def non_finite(self) -> None:
+        if self.exporter is not None:
+            self.exporter.nonfinite()
+
+    def close(self) -> None:
+        self.console.close()
+        for log in (self.log, self.order):
+            if log is not None:
+                log.close()
+        if self.exporter is not None:
+            if self.is_main:
+                targets.remove(self._targets_file, self.config.observe.targets_dir)
+            self.exporter.close()
+
+    # -- inside -----------------------------------------------------------------------------------------------------------
+
+    @property
+    def _targets_file(self) -> Path:
+        return self.run / "monitoring" / "targets.json"
+
+    def _logged(self, step: int, report: StepReport, lr: float, engine: Engine, epoch: int) -> None:
+        losses = {"total": report.total, **report.terms}
+        norm = engine.grad_norm()
+        values = {f"loss/{name}": value for name, value in losses.items()}
+        values |= {"optim/grad_norm": norm, "optim/lr": lr, "data/epoch": epoch, "data/skipped": self._skipped}
+        values |= self.meter.report()
+        if self.log is not None:
+            self.log.write(step, values)
+        self.console.update(step, values)
+        if self.exporter is not None:
+            self.exporter.observe_log(losses, norm, lr)
+            if engine.device.type == "cuda":
+                self.exporter.device_memory(torch.cuda.max_memory_allocated(engine.device))
+        watched = self.config.observe.targets_dir
+        if self.is_main and watched and time.monotonic() - self._heartbeat > HEARTBEAT_S:
+            targets.heartbeat(self._targets_file, watched)
+            self._heartbeat = time.monotonic()
+
+    def _export(self) -> Exporter:
+        """Serve this rank's metrics; rank 0 publishes where all of them are. Collective."""
+        config = self.config
+        terms = ("feature_reconstruction", "slot_contrast", "ssync_boundary", "ssync_interior")
+        exporter = Exporter(
+            rank=self.world.rank,
+            world_size=self.world.size,
+            address=config.observe.metrics_address,
+            run_dir=self.run,
+            loss_terms=terms,
+            run_info={"name": config.name, "features": config.data.features, "seed": str(config.seed)},
+        )
+        node = os.environ.get("SLOTSTREAM_NODE", "node0")
+        own = targets.target_group(exporter.target, run=self.run.name, attempt=self.attempt, node=node, rank=self.world.rank)
+        groups = distributed.gather_objects(own)
+        if self.is_main:
+            targets.write_targets(self._targets_file, groups)
+            if config.observe.targets_dir:
+                targets.link_into(self._targets_file, config.observe.targets_dir)
+        return exporter
