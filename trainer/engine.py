@@ -215,6 +215,8 @@ def _import_deepspeed(device: torch.device) -> Any:
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # On a CPU DeepSpeed would compile a shared-memory all-reduce at its first start, every rank the same files. gloo does without.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not torch.distributed.is_initialized():
         distributed.start(device, timeout_s=300)
     deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), dist_init_required=False, verbose=False)

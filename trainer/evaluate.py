@@ -44,13 +44,13 @@ class Evaluation:
 
 
 def evaluate_model(
-    model: nn.Module, loader: VideoLoader, config: RunConfig, device_type: str = "cpu", num_pictures: int = 0
+    model: nn.Module, loader: VideoLoader, config: RunConfig, num_pictures: int = 0
 ) -> Evaluation:
     """Score a model's object and attention maps. Collective: every rank calls it with its own loader."""
     gallery: list[tuple[int, GalleryItem]] = []
 
     def predict(batch: ClipBatch) -> dict[str, Tensor]:
-        output = _segment(model, batch, config, device_type)
+        output = _segment(model, batch, config)
         size = mask_size(config, batch)
         labels = {name: _labels(getattr(output, f"{name}_maps")()[0].float(), batch.grid, size) for name in config.evaluate.maps}
         if batch.num_real and batch.sample_ids[0] < num_pictures:
@@ -61,23 +61,25 @@ def evaluate_model(
     return Evaluation(scores=scores, gallery=_gather_gallery(gallery, per_video), num_videos=len(per_video))
 
 
-def evaluate_baselines(loader: VideoLoader, config: RunConfig, untrained: nn.Module, device_type: str = "cpu") -> dict[str, dict[str, float]]:
+def evaluate_baselines(loader: VideoLoader, config: RunConfig, untrained: nn.Module) -> dict[str, dict[str, float]]:
     """What a number means: an untrained model, a grid of blocks, k-means on the same features, the ceiling of the patch grid. Collective."""
     from trainer.metrics.baselines import as_maps, grid_of_blocks, k_means, patch_ceiling
+    from trainer.metrics.segmentation import resize_ids, upsample_labels
 
     slots = config.model.num_slots
 
     def predict(batch: ClipBatch) -> dict[str, Tensor]:
+        if batch.instance_ids is None:
+            _refuse_unannotated(batch, loader)
         size, features = mask_size(config, batch), batch.features[0].float().cpu()
-        output = _segment(untrained, batch, config, device_type)
-        assert batch.instance_ids is not None
-        truth = patch_ceiling(batch.instance_ids[0], batch.grid)
+        output = _segment(untrained, batch, config)
         patches = {
-            "grid": (grid_of_blocks(slots, features.shape[0], batch.grid), slots),
-            "k_means": (k_means(features, slots, seed=config.seed), slots),
-            "patch_ceiling": (truth, int(truth.max()) + 1),
+            "grid": grid_of_blocks(slots, features.shape[0], batch.grid),
+            "k_means": k_means(features, slots, seed=config.seed),
         }
-        labels = {name: _labels(as_maps(value, count), batch.grid, size) for name, (value, count) in patches.items()}
+        labels = {name: _labels(as_maps(value, slots), batch.grid, size) for name, value in patches.items()}
+        ceiling = patch_ceiling(resize_ids(batch.instance_ids[0], size), batch.grid)
+        labels["patch_ceiling"] = upsample_labels(ceiling, batch.grid, size)
         return {"untrained": _labels(output.object_maps()[0].float(), batch.grid, size), **labels}
 
     names = ["untrained", "grid", "k_means", "patch_ceiling"]
@@ -132,7 +134,7 @@ def _refuse_unannotated(batch: ClipBatch, loader: Iterable[ClipBatch]) -> None:
     )
 
 
-def _segment(model: nn.Module, batch: ClipBatch, config: RunConfig, device_type: str) -> ModelOutput:
+def _segment(model: nn.Module, batch: ClipBatch, config: RunConfig) -> ModelOutput:
     import torch
 
     from trainer.engine import choose_precision
@@ -212,8 +214,8 @@ def evaluate_run(settings: EvaluationConfig) -> int:
     model = build_model(config.model, config.seed).to(device)
     untrained = build_model(config.model, config.seed).to(device)
     checkpoint.load_weights(model, found)
-    result = evaluate_model(model, build_video_loader(config, world), config, device.type)
-    baselines = evaluate_baselines(build_video_loader(config, world), config, untrained, device.type) if settings.baselines else {}
+    result = evaluate_model(model, build_video_loader(config, world), config)
+    baselines = evaluate_baselines(build_video_loader(config, world), config, untrained) if settings.baselines else {}
     if world.rank == 0:
         out = Path(settings.out) if settings.out else run / "evaluation.json"
         content = {"step": found.state.step, "shards": data.root, "split": data.val_split, "videos": result.num_videos, "scores": result.scores}

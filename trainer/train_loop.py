@@ -99,8 +99,8 @@ class Training:
     def _evaluate(self, num_pictures: int = 0) -> evaluate.Evaluation:
         began = time.perf_counter()
         model = self.engine.plain_model(lambda: build_model(self.config.model, self.config.seed))
-        with_loader = build_video_loader(self.config, self.world)
-        result = evaluate.evaluate_model(model, with_loader, self.config, self.device.type, num_pictures)
+        loader = build_video_loader(self.config, self.world)
+        result = evaluate.evaluate_model(model, loader, self.config, num_pictures)
         self.observer.evaluated(self.step, result, time.perf_counter() - began)
         return result
 
@@ -119,4 +119,4 @@ class Training:
 
     def _baselines(self) -> dict[str, dict[str, float]]:
         untrained = build_model(self.config.model, self.config.seed).to(self.device)
-        return evaluate.evaluate_baselines(build_video_loader(self.config, self.world), self.config, untrained, self.device.type)
+        return evaluate.evaluate_baselines(build_video_loader(self.config, self.world), self.config, untrained)
