@@ -70,7 +70,8 @@ class Launched:
         command = [*LAUNCH, "--runs", str(folder / "runs"), "--command", str(script), *words]
         env = {key: value for key, value in os.environ.items() if key not in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")}
         env = {**env, "CUDA_VISIBLE_DEVICES": "", **more.pop("env", {})}
-        self.process = subprocess.Popen(command, stdout=stdout, stderr=more.pop("stderr", subprocess.PIPE), env=env, text=True, **more)
+        stderr = more.pop("stderr", subprocess.PIPE)
+        self.process = subprocess.Popen(command, stdout=stdout, stderr=stderr, env=env, text=True, **more)
 
     def wait_for(self, *ranks: int) -> None:
         """Until these ranks have said that they are ready."""
@@ -84,7 +85,7 @@ class Launched:
         return json.loads((self.run_dir / "attempts" / str(attempt) / "verdict.json").read_text())
 
     def log(self, rank: int, attempt: int = 1) -> str:
-        return (self.run_dir / "attempts" / str(attempt) / f"rank_{rank}.log").read_text()
+        return (self.run_dir / "attempts" / str(attempt) / f"rank_{rank}.log").read_bytes().decode()
 
     def pids(self, attempt: int = 1) -> dict[int, int]:
         """Process id of each rank, from the agents' event files."""
@@ -139,7 +140,8 @@ def launcher(tmp_path: Path) -> Iterator[Callable[..., Launched]]:
 
 
 def test_two_nodes_of_two_ranks_get_their_environment_and_logs(launcher: Callable[..., Launched]) -> None:
-    run = launcher("--nodes", "2", "--ranks-per-node", "2", "a=1", "b='x y'", program=TELL, env={"LOCAL_SIZE": "4", "MY_TOKEN": "s3cret"})
+    extra = {"LOCAL_SIZE": "4", "MY_TOKEN": "s3cret"}
+    run = launcher("--nodes", "2", "--ranks-per-node", "2", "a=1", "b='x y'", program=TELL, env=extra)
     code, out, err = run.end()
     assert code == 0, err
     told = [json.loads((run.run_dir / f"told_{rank}.json").read_text()) for rank in range(4)]
@@ -208,6 +210,21 @@ def test_a_killed_rank_is_reported_as_killed(launcher: Callable[..., Launched]) 
     assert code == 137 and "rank 1 (node 0) was killed by SIGKILL" in err
     assert run.verdict()["signal"] == "SIGKILL"
     assert run.left() == [] and run.agents() == []
+
+
+def test_the_target_lists_of_a_killed_run_are_taken_away(launcher: Callable[..., Launched], tmp_path: Path) -> None:
+    program = """
+import os, signal
+from pathlib import Path
+run, watched = Path(os.environ["SLOTSTREAM_RUN_DIR"]), Path(__file__).parent / "watched"
+for path in (run / "monitoring" / "targets.json", watched / "mine.json"):
+    path.parent.mkdir(parents=True)
+    path.write_text("[]")
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    run = launcher(f"observe.targets_dir={tmp_path / 'watched'}", program=program)
+    assert run.end()[0] == 137
+    assert not list((run.run_dir / "monitoring").iterdir()) and not list((tmp_path / "watched").iterdir())
 
 
 def test_a_suspended_rank_does_not_stay(launcher: Callable[..., Launched]) -> None:
