@@ -16,6 +16,7 @@ setup(
     packages=[*find_packages(include=["trainer*", "data_pipeline*", "cluster*"]), "configs"],
     package_data={
         "configs": ["*.yaml", "*/*.yaml"],
+        "trainer": ["observe/report.html"],
         "cluster": ["monitoring/**/*.yml", "monitoring/**/*.yaml", "monitoring/**/*.json", "monitoring/*.yml", "monitoring/*.md"],
     },
     include_package_data=False,

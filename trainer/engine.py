@@ -72,7 +72,7 @@ class Engine:
         model = model.to(device)
         optimizer = torch.optim.Adam(model.parameters(), lr=optim.lr, betas=(optim.betas[0], optim.betas[1]), eps=optim.eps)
         self._deepspeed, _, _, _ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=_deepspeed_config(optim, parallel), dist_init_required=False
+            model=model, optimizer=optimizer, config=_deepspeed_config(model, optim, parallel), dist_init_required=False
         )
         self._grad_norm: Any = None
         self._parameters = dict(self.module.named_parameters())
@@ -223,13 +223,21 @@ def _import_deepspeed(device: torch.device) -> Any:
     return deepspeed
 
 
-def _deepspeed_config(optim: OptimConfig, parallel: ParallelConfig) -> dict[str, Any]:
+def _deepspeed_config(model: nn.Module, optim: OptimConfig, parallel: ParallelConfig) -> dict[str, Any]:
+    # One bucket that fits the model. DeepSpeed's default is 5e8 numbers, and it allocates all of them at each backward.
+    # A multiple of 1024, because it must divide by the alignment of the collectives.
+    bucket = min(500_000_000, sum(parameter.numel() for parameter in model.parameters())) // 1024 * 1024 + 1024
     return {
         "train_micro_batch_size_per_gpu": 1,  # the true size varies with the rank's share; step.py does the scaling
         "gradient_accumulation_steps": parallel.accumulation,
         "gradient_clipping": optim.clip_norm,
         "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": parallel.zero_stage, "overlap_comm": False},
+        "zero_optimization": {
+            "stage": parallel.zero_stage,
+            "overlap_comm": False,
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
+        },
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
     }

@@ -40,6 +40,7 @@ def _train(config) -> int:
     stop = StopRequest().install()
     world = distributed.world_from_environment()
     _set_threads(config.parallel.threads)
+    _keep_freed_memory()
     from trainer.engine import choose_device
     from trainer.step import NonFiniteLoss
     from trainer.train_loop import Training
@@ -85,6 +86,20 @@ def _set_threads(threads: int) -> None:
         threads = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     if threads:
         torch.set_num_threads(threads)
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep freed memory instead of giving it back: a CPU step frees and takes the same large tensors again and again, and
+    fresh pages cost a quarter of its time. No effect where there is no glibc."""
+    import ctypes
+
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return
+    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    mallopt(M_MMAP_MAX, 0)
 
 
 def leave(code: int) -> None:
