@@ -1,5 +1,7 @@
-"""Slotstream's packages and dependencies. Lower bounds are the oldest versions whose interfaces the code uses; constraints.txt holds
-the versions that the tests ran with."""
+"""Slotstream's packages and dependencies.
+
+Lower bounds are the oldest versions whose interfaces the code uses; constraints.txt holds the versions that the tests ran with.
+"""
 
 from pathlib import Path
 

@@ -1,6 +1,6 @@
 """Start a job on N nodes and see it to its end: command line in; run folder, live output, verdict and exit code out.
 
-    python cluster/launch.py --nodes 2 --ranks-per-node 2 experiment=ssync_movi_c optim.max_steps=200
+python cluster/launch.py --nodes 2 --ranks-per-node 2 experiment=ssync_movi_c optim.max_steps=200
 """
 
 from __future__ import annotations

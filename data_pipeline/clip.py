@@ -42,8 +42,8 @@ class Clip:
                 raise DataError(f"video {self.key}: instance ids are {self.instance_ids.dtype}; uint8 or uint16 is needed")
             if self.instance_ids.shape != self.frames.shape[:3]:
                 raise DataError(
-                    f"video {self.key}: masks are {list(self.instance_ids.shape)}, frames {list(self.frames.shape[:3])} [T, H, W]; "
-                    f"both must have one size; mend the annotation or leave this video out"
+                    f"video {self.key}: masks are {list(self.instance_ids.shape)} [T, H, W], "
+                    f"frames {list(self.frames.shape[:3])}; both must have one size; mend the annotation or leave this video out"
                 )
 
     @property

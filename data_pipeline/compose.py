@@ -62,7 +62,8 @@ def keys_of(schema: type, prefix: str = "") -> list[str]:
         kind = _dataclass_of(schema, item.name)
         if kind is not None:
             keys += keys_of(kind, key + ".")
-            for child in kind.__subclasses__():
+            children: list[type] = kind.__subclasses__()
+            for child in children:
                 keys += [extra for extra in keys_of(child, key + ".") if extra not in keys]
     return keys
 

@@ -121,7 +121,9 @@ class BuildConfig:
         check_at_least("samples_per_shard", self.samples_per_shard, 1)
         check_choice("frames", self.frames, ("jpeg", "png", "none"))
         if not 0 <= self.max_skip_fraction < 1:
-            raise ConfigError(f"max_skip_fraction={self.max_skip_fraction}; a share in [0, 1) is needed; change max_skip_fraction")
+            raise ConfigError(
+                f"max_skip_fraction={self.max_skip_fraction}; a share in [0, 1) is needed; change max_skip_fraction"
+            )
 
 
 @dataclass(kw_only=True)

@@ -13,8 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("trainer", "data_pipeline", "cluster")
 HEAVY = ("torch", "deepspeed", "ray", "scipy", "pycocotools", "webdataset")
 DEPENDENCIES = {
-    "torch", "deepspeed", "ray", "submitit", "hydra", "omegaconf", "xformers", "prometheus_client", "webdataset", "numpy", "scipy",
-    "PIL", "rich", "safetensors", "platform", "signal", "logging", "config_store",
+    "torch", "deepspeed", "ray", "submitit", "hydra", "omegaconf", "xformers", "prometheus_client", "webdataset",
+    "numpy", "scipy", "PIL", "rich", "safetensors", "platform", "signal", "logging", "config_store",
 }  # fmt: skip
 
 
@@ -73,7 +73,9 @@ def test_trainer_does_not_know_the_cluster(path):
 @pytest.mark.parametrize("path", [*modules("trainer/objective"), *modules("trainer/metrics")], ids=str)
 def test_objective_and_metrics_never_see_the_network(path):
     seen = reaches(imports_of(path), "trainer.model")
-    assert all(name in ("trainer.model", "trainer.model.outputs") or name.startswith("trainer.model.outputs.") for name in seen), seen
+    assert all(
+        name in ("trainer.model", "trainer.model.outputs") or name.startswith("trainer.model.outputs.") for name in seen
+    ), seen
     assert not reaches(imports_of(path), "trainer.build") and not reaches(imports_of(path), "trainer.engine")
 
 
@@ -96,9 +98,11 @@ def test_nothing_is_unpickled():
                     continue
                 owner = getattr(node.func.value, "id", "")
                 values = {word.arg: getattr(word.value, "value", None) for word in node.keywords}
-                assert owner not in ("torch", "np", "numpy") or values.get("weights_only") is True or values.get("allow_pickle") is False, (
-                    f"{path}:{node.lineno}"
-                )
+                assert (
+                    owner not in ("torch", "np", "numpy")
+                    or values.get("weights_only") is True
+                    or values.get("allow_pickle") is False
+                ), f"{path}:{node.lineno}"
 
 
 @pytest.mark.parametrize(
@@ -117,10 +121,17 @@ def test_nothing_is_unpickled():
 def test_help_imports_nothing_heavy(command):
     """--help answers from a process that has loaded none of the heavy libraries: that is what makes it quick."""
     result = subprocess.run(
-        [sys.executable, "-X", "importtime", *command, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-X", "importtime", *command, "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
     assert result.returncode == 0, result.stderr[-2000:]
     assert len(result.stdout.splitlines()) > 3
-    loaded = {line.rsplit("|", 1)[-1].strip().split(".")[0] for line in result.stderr.splitlines() if line.startswith("import time:")}
+    loaded = {
+        line.rsplit("|", 1)[-1].strip().split(".")[0] for line in result.stderr.splitlines() if line.startswith("import time:")
+    }
     assert not loaded & set(HEAVY), loaded & set(HEAVY)
     assert "argparse" in loaded or "data_pipeline" in loaded or "cluster" in loaded  # the listing was read at all

@@ -65,8 +65,8 @@ def check_features(dataset: ShardDataset, model: ModelConfig) -> None:
     features, grid = dataset.index.features, list(dataset.index.grid)
     if features["width"] != model.feature_dim:
         raise ConfigError(
-            f"model.feature_dim={model.feature_dim}, but {Path(dataset.folder)} holds {features['extractor']} features of width {features['width']}; "
-            f"set model.feature_dim={features['width']}, or build shards of another extractor"
+            f"model.feature_dim={model.feature_dim}, but {Path(dataset.folder)} holds {features['extractor']} features "
+            f"of width {features['width']}; set model.feature_dim={features['width']}, or build shards of another extractor"
         )
     if grid != list(model.grid):
         shown = str(grid).replace(" ", "")

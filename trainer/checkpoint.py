@@ -95,7 +95,8 @@ def save(root: Path, engine: Engine, state: TrainState, keep: int, report: Calla
     outcome = distributed.from_main(outcome)
     if isinstance(outcome, str):
         raise RuntimeError(
-            f"checkpoint of step {state.step} could not be written: {outcome}; older checkpoints are untouched; free space or mend the folder"
+            f"checkpoint of step {state.step} could not be written: {outcome}; "
+            "older checkpoints are untouched; free space or mend the folder"
         )
     return outcome
 
@@ -129,8 +130,12 @@ def read(path: Path) -> Checkpoint:
         weights = load_file(path / "model.safetensors")
         moments = load_file(path / "optimizer.safetensors")
     except SafetensorError as error:
-        raise RuntimeError(f"{path}: hashes verify but the tensors cannot be read ({error}); it was written damaged; use an older one") from None
-    parts = {key: {name[len(key) + 1 :]: value for name, value in moments.items() if name.startswith(key + "/")} for key in MOMENTS}
+        raise RuntimeError(
+            f"{path}: hashes verify but the tensors cannot be read ({error}); it was written damaged; use an older one"
+        ) from None
+    parts = {
+        key: {name[len(key) + 1 :]: value for name, value in moments.items() if name.startswith(key + "/")} for key in MOMENTS
+    }
     return Checkpoint(path=path, state=state, weights=weights, adam=AdamState(parts["exp_avg"], parts["exp_avg_sq"], state.step))
 
 

@@ -43,7 +43,8 @@ class ModelConfig:
             raise ConfigError("model.decoder_hidden=[]; at least one hidden layer is needed; for example [1024, 1024, 1024]")
         if self.slot_dim % self.predictor_heads:
             raise ConfigError(
-                f"model.slot_dim={self.slot_dim} is not a multiple of model.predictor_heads={self.predictor_heads}; change one of them"
+                f"model.slot_dim={self.slot_dim} is not a multiple of model.predictor_heads={self.predictor_heads}; "
+                "change one of them"
             )
 
 
@@ -103,7 +104,9 @@ class SSyncConfig:
         check_choice("objective.ssync.class_reduction", self.class_reduction, ("mean", "sum"))
         check_choice("objective.ssync.empty", self.empty, ("zero", "nan"))
         if not 0 <= self.start_fraction <= 1:
-            raise ConfigError(f"objective.ssync.start_fraction={self.start_fraction}; a share in [0, 1] is needed; 0.3 is published")
+            raise ConfigError(
+                f"objective.ssync.start_fraction={self.start_fraction}; a share in [0, 1] is needed; 0.3 is published"
+            )
         if not self.temperature > 0:
             raise ConfigError(f"objective.ssync.temperature={self.temperature}; it must be above 0; 1 is published")
 
@@ -115,10 +118,16 @@ class ObjectiveConfig:
     ssync: SSyncConfig = field(default_factory=SSyncConfig)
 
     def __post_init__(self) -> None:
-        weights = (self.feature_reconstruction.weight, self.slot_contrast.weight, self.ssync.boundary_weight, self.ssync.interior_weight)
+        weights = (
+            self.feature_reconstruction.weight,
+            self.slot_contrast.weight,
+            self.ssync.boundary_weight,
+            self.ssync.interior_weight,
+        )
         if min(weights) < 0 or max(weights) == 0:
             raise ConfigError(
-                f"objective weights are {list(weights)} (reconstruction, slot contrast, boundary, interior); none may be below 0 and one "
+                f"objective weights are {list(weights)} (reconstruction, slot contrast, boundary, interior); "
+                "none may be below 0 and one "
                 "must be above; set objective.feature_reconstruction.weight=1"
             )
 
@@ -181,7 +190,9 @@ class CheckpointConfig:
 class EvaluateConfig:
     every_steps: int = 2500  # 0: only at the end
     at_end: bool = True
-    maps: list[str] = field(default_factory=lambda: ["object", "attn"])  # scored maps; the first gives metric/..., the others metric/<name>_...
+    maps: list[str] = field(
+        default_factory=lambda: ["object", "attn"]
+    )  # scored maps; the first gives metric/..., the others metric/<name>_...
     mask_size: int | None = None  # side that masks are scored at; None: data.image_size as released
     baselines: bool = True  # score the four baselines once at the end
     empty_foreground: str = "one"  # FG-ARI of a frame or video without foreground: one as released (MOVi) | skip

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from data_pipeline.errors import ConfigError
 from trainer import distributed
 from trainer.config import OptimConfig, ParallelConfig
+from trainer.model.network import VideoSlotModel
 from trainer.model.outputs import ModelOutput
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -57,7 +58,7 @@ class Engine:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: VideoSlotModel,
         optim: OptimConfig,
         parallel: ParallelConfig,
         device: torch.device,
@@ -81,10 +82,10 @@ class Engine:
             self._restore(adam, example)
 
     @property
-    def module(self) -> nn.Module:
+    def module(self) -> VideoSlotModel:
         return self._deepspeed.module
 
-    def plain_model(self, build: Callable[[], nn.Module]) -> nn.Module:
+    def plain_model(self, build: Callable[[], VideoSlotModel]) -> VideoSlotModel:
         """A model that one rank can call alone, as evaluation needs: under ZeRO-3 a copy with whole weights. Collective."""
         if self.stage < 3:
             return self.module
@@ -198,7 +199,7 @@ class Engine:
             return
         # Each rank holds an equal piece of the flattened tensor, the last one padded. DeepSpeed's own setter for the full
         # tensor forgets the padding and fails when the world size does not divide the tensor.
-        size = parameter.ds_tensor.numel()
+        size = getattr(parameter, "ds_tensor").numel()  # noqa: B009  # set by DeepSpeed
         padded = value.new_zeros(size * torch.distributed.get_world_size())
         padded[: value.numel()] = value.flatten()
         start = size * torch.distributed.get_rank()
@@ -215,7 +216,7 @@ def _import_deepspeed(device: torch.device) -> Any:
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # On a CPU DeepSpeed would compile a shared-memory all-reduce at its first start, every rank the same files. gloo does without.
+    # On a CPU DeepSpeed would compile a shared-memory all-reduce at its first start, every rank the same files. gloo needs none.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not torch.distributed.is_initialized():
         distributed.start(device, timeout_s=300)

@@ -5,16 +5,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from pathlib import Path
+
+    import torch
+    from torch import Tensor
 
     from data_pipeline.batch import ClipBatch
     from data_pipeline.loader import VideoLoader
-    from trainer.config import EvaluateConfig, EvaluationConfig, RunConfig
+    from trainer.checkpoint import Checkpoint
+    from trainer.config import EvaluationConfig, RunConfig
+    from trainer.model.network import VideoSlotModel
     from trainer.model.outputs import ModelOutput
     from trainer.observe.render import GalleryItem
 
@@ -43,9 +48,7 @@ class Evaluation:
     num_videos: int
 
 
-def evaluate_model(
-    model: nn.Module, loader: VideoLoader, config: RunConfig, num_pictures: int = 0
-) -> Evaluation:
+def evaluate_model(model: VideoSlotModel, loader: VideoLoader, config: RunConfig, num_pictures: int = 0) -> Evaluation:
     """Score a model's object and attention maps. Collective: every rank calls it with its own loader."""
     gallery: list[tuple[int, GalleryItem]] = []
 
@@ -61,16 +64,18 @@ def evaluate_model(
     return Evaluation(scores=scores, gallery=_gather_gallery(gallery, per_video), num_videos=len(per_video))
 
 
-def evaluate_baselines(loader: VideoLoader, config: RunConfig, untrained: nn.Module) -> dict[str, dict[str, float]]:
-    """What a number means: an untrained model, a grid of blocks, k-means on the same features, the ceiling of the patch grid. Collective."""
+def evaluate_baselines(loader: VideoLoader, config: RunConfig, untrained: VideoSlotModel) -> dict[str, dict[str, float]]:
+    """What a number means: an untrained model, a grid of blocks, k-means on the same features, the ceiling of the patch grid.
+
+    Collective.
+    """
     from trainer.metrics.baselines import as_maps, grid_of_blocks, k_means, patch_ceiling
     from trainer.metrics.segmentation import resize_ids, upsample_labels
 
     slots = config.model.num_slots
 
     def predict(batch: ClipBatch) -> dict[str, Tensor]:
-        if batch.instance_ids is None:
-            _refuse_unannotated(batch, loader)
+        truth = _truth(batch, loader)
         size, features = mask_size(config, batch), batch.features[0].float().cpu()
         output = _segment(untrained, batch, config)
         patches = {
@@ -78,7 +83,7 @@ def evaluate_baselines(loader: VideoLoader, config: RunConfig, untrained: nn.Mod
             "k_means": k_means(features, slots, seed=config.seed),
         }
         labels = {name: _labels(as_maps(value, slots), batch.grid, size) for name, value in patches.items()}
-        ceiling = patch_ceiling(resize_ids(batch.instance_ids[0], size), batch.grid)
+        ceiling = patch_ceiling(resize_ids(truth, size), batch.grid)
         labels["patch_ceiling"] = upsample_labels(ceiling, batch.grid, size)
         return {"untrained": _labels(output.object_maps()[0].float(), batch.grid, size), **labels}
 
@@ -92,28 +97,26 @@ def evaluate_baselines(loader: VideoLoader, config: RunConfig, untrained: nn.Mod
 
 
 def score(
-    predict: Callable[[ClipBatch], Mapping[str, Tensor]], loader: Iterable[ClipBatch], config: RunConfig, names: list[str]
+    predict: Callable[[ClipBatch], Mapping[str, Tensor]], loader: VideoLoader, config: RunConfig, names: list[str]
 ) -> tuple[dict[str, float], dict[int, dict[str, float | None]]]:
     """Scores of every named prediction over all ranks, and each video's own scores of the first name. Collective."""
     from trainer import distributed
     from trainer.metrics.segmentation import SegmentationScores, resize_ids
 
-    tables = {name: SegmentationScores(config.evaluate.empty_foreground, loader.dataset.index.background_labelled) for name in names}
+    rules = (config.evaluate.empty_foreground, loader.dataset.index.background_labelled)
+    tables = {name: SegmentationScores(*rules) for name in names}
     per_video: dict[int, dict[str, float | None]] = {}
     for batch in loader:
         labels = predict(batch)  # also for padding, so that all ranks make the same calls
         if not batch.num_real:
             continue
-        if batch.instance_ids is None:
-            _refuse_unannotated(batch, loader)
-        truth = resize_ids(batch.instance_ids[0], mask_size(config, batch))
+        truth = resize_ids(_truth(batch, loader), mask_size(config, batch))
         own = {name: tables[name].add(truth, labels[name]) for name in names}
         per_video[batch.sample_ids[0]] = own[names[0]]
     everyone = distributed.gather_objects(({name: table.state() for name, table in tables.items()}, per_video))
     merged: dict[str, float] = {}
     for name in names:
-        total = SegmentationScores(config.evaluate.empty_foreground, loader.dataset.index.background_labelled)
-        result = total.merge([states[name] for states, _ in everyone]).result()
+        result = SegmentationScores(*rules).merge([states[name] for states, _ in everyone]).result()
         prefix = "" if name == names[0] else name + "_"
         merged |= {prefix + key: value for key, value in result.items() if value is not None}
     return merged, {key: value for _, videos in everyone for key, value in videos.items()}
@@ -125,16 +128,19 @@ def mask_size(config: RunConfig, batch: ClipBatch) -> tuple[int, int]:
     return side, side
 
 
-def _refuse_unannotated(batch: ClipBatch, loader: Iterable[ClipBatch]) -> None:
+def _truth(batch: ClipBatch, loader: VideoLoader) -> Tensor:
+    """Instance ids (T, h, w) of the batch's video."""
     from data_pipeline.errors import DataError
 
-    raise DataError(
-        f"{loader.dataset.folder}: sample {batch.keys[0]} has no masks; scores need annotated videos; "
-        "set evaluate.at_end=false and evaluate.every_steps=0, or choose another data.val_split"
-    )
+    if batch.instance_ids is None:
+        raise DataError(
+            f"{loader.dataset.folder}: sample {batch.keys[0]} has no masks; scores need annotated videos; "
+            "set evaluate.at_end=false and evaluate.every_steps=0, or choose another data.val_split"
+        )
+    return batch.instance_ids[0]
 
 
-def _segment(model: nn.Module, batch: ClipBatch, config: RunConfig) -> ModelOutput:
+def _segment(model: VideoSlotModel, batch: ClipBatch, config: RunConfig) -> ModelOutput:
     import torch
 
     from trainer.engine import choose_precision
@@ -218,7 +224,13 @@ def evaluate_run(settings: EvaluationConfig) -> int:
     baselines = evaluate_baselines(build_video_loader(config, world), config, untrained) if settings.baselines else {}
     if world.rank == 0:
         out = Path(settings.out) if settings.out else run / "evaluation.json"
-        content = {"step": found.state.step, "shards": data.root, "split": data.val_split, "videos": result.num_videos, "scores": result.scores}
+        content = {
+            "step": found.state.step,
+            "shards": data.root,
+            "split": data.val_split,
+            "videos": result.num_videos,
+            "scores": result.scores,
+        }
         checkpoint.write_atomically(out, json.dumps(content | {"baselines": baselines}, indent=1))
         flat = {f"metric/{key}": value for key, value in result.scores.items()}
         flat |= {f"baseline/{name}/{key}": value for name, table in baselines.items() for key, value in table.items()}
@@ -229,7 +241,7 @@ def evaluate_run(settings: EvaluationConfig) -> int:
     return 0
 
 
-def _choose_checkpoint(run, step, device):
+def _choose_checkpoint(run: Path, step: int | None, device: torch.device) -> Checkpoint:
     from data_pipeline.errors import ConfigError
     from trainer import checkpoint
 

@@ -89,8 +89,8 @@ def _set_threads(threads: int) -> None:
 
 
 def _keep_freed_memory() -> None:
-    """Have glibc keep freed memory instead of giving it back: a CPU step frees and takes the same large tensors again and again, and
-    fresh pages cost a quarter of its time. No effect where there is no glibc."""
+    """Have glibc keep freed memory instead of giving it back: a CPU step frees and takes the same large tensors again and again,
+    and fresh pages cost a quarter of its time. No effect where there is no glibc."""
     import ctypes
 
     try:
@@ -103,8 +103,8 @@ def _keep_freed_memory() -> None:
 
 
 def leave(code: int) -> None:
-    """End this rank. Everything is written and closed by now: skip the interpreter's teardown, where gloo's threads now and then abort
-    a process that has done its work, which the launcher would take for a failure."""
+    """End this rank. Everything is written and closed by now: skip the interpreter's teardown, where gloo's threads now and then
+    abort a process that has done its work, which the launcher would take for a failure."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

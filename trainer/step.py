@@ -1,8 +1,9 @@
 """One optimizer update, start to finish. Losses are means over the global batch, however it is cut.
 
-Each term gives a sum and a count; its loss is weight * (sum over all ranks and micro-batches) / (count over all of them). Counts are
-agreed on before the first backward, so each micro-batch's gradient is its exact share. Terms that couple clips (slot contrast) are
-evaluated on the gathered slots first; their gradient with respect to the slots joins each micro-batch's backward.
+Each term gives a sum and a count; its loss is weight * (sum over all ranks and micro-batches) / (count over all of them).
+Counts are agreed on before the first backward, so each micro-batch's gradient is its exact share. Terms that couple clips
+(slot contrast) are evaluated on the gathered slots first; their gradient with respect to the slots joins each micro-batch's
+backward.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class NonFiniteLoss(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """What a step did: each term's global mean (unweighted), the weighted total, seconds by phase, whether a rank asked to stop."""
+    """What a step did: each term's global mean (unweighted), the weighted total, seconds by phase, whether to stop."""
 
     total: float
     terms: dict[str, float]
@@ -72,8 +73,7 @@ def train_step(
         if slot_grads is not None:
             grad = slot_grads[number] / counts["slot_contrast"].clamp(min=1).to(slot_grads[number].dtype)
             loss = loss + objective.weight("slot_contrast", step) * (real.slots * grad).sum()
-        # keeps every output in the graph, so that the backward of all ranks runs the same collectives (a rank may hold only padding)
-        loss = loss + 0.0 * sum(tensor[:0].sum() for tensor in output[:4])
+        loss = loss + _nothing(output)
         engine.backward(loss)
         local[number] = {name: TermValue(value.sum.detach(), value.count) for name, value in terms.items()}
         if outputs:
@@ -91,8 +91,8 @@ def _look(
 ) -> tuple[list[ModelOutput] | None, list[Tensor], list[dict[str, TermValue]]]:
     """Outputs, real clips' slots and local terms of each micro-batch.
 
-    One micro-batch keeps its graph. Several are looked at without gradient (outputs None) and run again one by one: the counts and the
-    coupled terms need all of them before the first backward, and memory has room for one.
+    One micro-batch keeps its graph. Several are looked at without gradient (outputs None) and run again one by one: the counts
+    and the coupled terms need all of them before the first backward, and memory has room for one.
     """
     if len(parts) == 1:
         output = engine.forward(parts[0].features.float())
@@ -123,7 +123,8 @@ def _couple(
     leaf = everyone.detach().requires_grad_()
     with torch.enable_grad():
         terms = objective.coupled(leaf, slice(start, start + own.shape[0]), step)
-        (grad,) = torch.autograd.grad(sum(value.sum for value in terms.values()), leaf, allow_unused=True)
+        total = torch.stack([value.sum for value in terms.values()]).sum()
+        (grad,) = torch.autograd.grad(total, leaf, allow_unused=True)
     grad = torch.zeros_like(leaf) if grad is None else grad
     if objective.coupled_scope == "global":
         distributed.all_sum(grad)
@@ -135,10 +136,17 @@ def _couple(
 def _global_counts(local: list[dict[str, TermValue]], coupled: dict[str, TermValue], device: torch.device) -> dict[str, Tensor]:
     """Count of each term over all ranks and micro-batches. One all-reduce."""
     names = [*local[0], *coupled]
-    totals = [sum(part[name].count.double() for part in local) for name in local[0]] + [value.count.double() for value in coupled.values()]
-    # float64: counts of a long run's batch pass 2**24, where float32 stops counting
-    vector = distributed.all_sum(torch.stack([torch.as_tensor(total, dtype=torch.float64, device=device) for total in totals]))
+    totals = [torch.stack([part[name].count for part in local]).sum() for name in local[0]]
+    totals += [value.count for value in coupled.values()]
+    # float64: counts pass 2**24, where float32 stops counting
+    vector = distributed.all_sum(torch.stack([total.double().to(device) for total in totals]))
     return dict(zip(names, vector, strict=True))
+
+
+def _nothing(output: ModelOutput) -> Tensor:
+    """A zero with every output in its graph: the backward of all ranks then runs the same collectives, also where a rank holds
+    only padding. Sums of nothing, so that a value which is not finite stays out of it."""
+    return torch.stack([tensor[:0].sum().float() for tensor in output[:4]]).sum()
 
 
 def _share(objective: Objective, terms: dict[str, TermValue], counts: dict[str, Tensor], step: int) -> Tensor | float:

@@ -44,7 +44,9 @@ class Training:
         )
         self.objective = build_objective(config)
         self.saved_step = self.step if found else -1
-        self.observer.started(self.step, self.loader, sum(parameter.numel() for parameter in model.parameters()) if found is None else None)
+        self.observer.started(
+            self.step, self.loader, sum(parameter.numel() for parameter in model.parameters()) if found is None else None
+        )
 
     def run_to_end(self) -> int:
         """Train to optim.max_steps, evaluate, report. Returns the exit code: 0 done, 75 stopped on request after a checkpoint."""
@@ -84,10 +86,13 @@ class Training:
         norm = self.engine.grad_norm()
         if norm - norm != 0:  # one read, only where a checkpoint is due
             raise RuntimeError(
-                f"gradient norm is {norm} at step {self.step}; such weights are not saved; the last checkpoint is step {self.saved_step}; lower optim.lr"
+                f"gradient norm is {norm} at step {self.step}; such weights are not saved; "
+                f"the last checkpoint is step {self.saved_step}; lower optim.lr"
             )
         began = time.perf_counter()
-        saved = checkpoint.save(self.checkpoints, self.engine, self._state(), self.config.checkpoint.keep, self.observer.verify_failed)
+        saved = checkpoint.save(
+            self.checkpoints, self.engine, self._state(), self.config.checkpoint.keep, self.observer.verify_failed
+        )
         self.saved_step = self.step
         self.observer.saved(self.step, saved.num_bytes, time.perf_counter() - began)
 

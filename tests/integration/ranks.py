@@ -31,7 +31,9 @@ def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
         "OMP_NUM_THREADS": 1,
         "DS_ACCELERATOR": "cpu",
     }
-    kept = {key: value for key, value in os.environ.items() if key not in ("LOCAL_SIZE", "SLOTSTREAM_RUN_DIR", "SLOTSTREAM_ATTEMPT")}
+    kept = {
+        key: value for key, value in os.environ.items() if key not in ("LOCAL_SIZE", "SLOTSTREAM_RUN_DIR", "SLOTSTREAM_ATTEMPT")
+    }
     return kept | {key: str(value) for key, value in own.items()}
 
 

@@ -40,7 +40,12 @@ def batch_of(step: int, world: World, global_batch: int, accumulation: int, pois
     padded = ids + [ids[-1]] * (padded_batch(global_batch, world.size, accumulation) - len(ids))
     named = tuple(f"clip{index}" for index in padded)
     return ClipBatch(
-        features=features[padded], grid=GRID, num_real=stop - start, sample_ids=tuple(padded), keys=named, starts=(0,) * len(padded)
+        features=features[padded],
+        grid=GRID,
+        num_real=stop - start,
+        sample_ids=tuple(padded),
+        keys=named,
+        starts=(0,) * len(padded),
     )
 
 
@@ -49,13 +54,25 @@ def main(options: dict) -> dict:
     world = distributed.world_from_environment()
     distributed.start(torch.device("cpu"), 60)
     model = VideoSlotModel(
-        ModelConfig(num_slots=4, slot_dim=8, feature_dim=WIDTH, grid=list(GRID), predictor_heads=2, decoder_hidden=[12, 12], query_key_gain=3.0)
+        ModelConfig(
+            num_slots=4,
+            slot_dim=8,
+            feature_dim=WIDTH,
+            grid=list(GRID),
+            predictor_heads=2,
+            decoder_hidden=[12, 12],
+            query_key_gain=3.0,
+        )
     )
     # eps well above rounding: with 1e-8 Adam turns a gradient that is zero but for rounding into a full step of either sign
     optim = OptimConfig(lr=1e-2, max_steps=10, warmup_steps=1, decay_steps=10, clip_norm=0.05, eps=1e-4)
     parallel = ParallelConfig(zero_stage=options["stage"], accumulation=options["accumulation"], device="cpu")
-    ssync = SSyncConfig(boundary_weight=1.0, interior_weight=1.0, start_fraction=options.get("ssync_from", 0.1), merge=MergeConfig(threshold=0.8))
-    objective = Objective(ObjectiveConfig(slot_contrast=SlotContrastConfig(scope=options.get("scope", "global")), ssync=ssync), 10)
+    ssync = SSyncConfig(
+        boundary_weight=1.0, interior_weight=1.0, start_fraction=options.get("ssync_from", 0.1), merge=MergeConfig(threshold=0.8)
+    )
+    objective = Objective(
+        ObjectiveConfig(slot_contrast=SlotContrastConfig(scope=options.get("scope", "global")), ssync=ssync), 10
+    )
     engine = Engine(model, optim, parallel, torch.device("cpu"))
     count = options["global_batch"]
     shares = [rank_slice(count, World(rank=rank, size=world.size)) for rank in range(world.size)]

@@ -130,7 +130,13 @@ def test_another_world_size_goes_on(whole, data, tmp_path):
 def single(data: Path, runs: Path, name: str, *more: str) -> subprocess.CompletedProcess:
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "MASTER_ADDR")}
     return subprocess.run(
-        [sys.executable, *arguments(data, runs, name, *more)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, *arguments(data, runs, name, *more)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
 
 
@@ -205,5 +211,3 @@ def test_the_run_folder_explains_itself(begun):
     assert "optim.max_steps=3" in provenance["command"]
     assert (run / "config.yaml").is_file() and (run / "metrics.jsonl").is_file() and (run / "DONE").is_file()
     assert {path.name for path in (run / "checkpoints").glob("step_*")} == {"step_00000002", "step_00000003"}
-
-

@@ -13,7 +13,9 @@ WORKER = str(ROOT / "tests" / "integration" / "steps_worker.py")
 
 def three_steps(tmp_path, world: int, accumulation: int = 1, stage: int = 1, global_batch: int = 5, **more) -> dict:
     options = {"stage": stage, "accumulation": accumulation, "global_batch": global_batch, "steps": 3, **more}
-    results = run_ranks(world, ["-m", "tests.integration.steps_worker", json.dumps(options)], tmp_path / f"w{world}a{accumulation}s{stage}")
+    results = run_ranks(
+        world, ["-m", "tests.integration.steps_worker", json.dumps(options)], tmp_path / f"w{world}a{accumulation}s{stage}"
+    )
     for result in results[1:]:
         assert result["weights"] == results[0]["weights"], "ranks must hold the same weights"
     return results[0]
@@ -37,7 +39,12 @@ def reference(tmp_path_factory):
 
 def test_the_reference_exercises_every_term(reference):
     assert set(reference["reports"][0]["terms"]) == {"feature_reconstruction", "slot_contrast"}
-    assert set(reference["reports"][2]["terms"]) == {"feature_reconstruction", "slot_contrast", "ssync_boundary", "ssync_interior"}
+    assert set(reference["reports"][2]["terms"]) == {
+        "feature_reconstruction",
+        "slot_contrast",
+        "ssync_boundary",
+        "ssync_interior",
+    }
     assert all(value > 0 for value in reference["reports"][2]["terms"].values())
 
 

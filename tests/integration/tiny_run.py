@@ -10,7 +10,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))
-from tiny_shards import write_split  # noqa: E402
+from tiny_shards import write_split
 
 
 def make_shards(root: Path) -> Path:
@@ -23,10 +23,13 @@ def arguments(data: Path, runs: Path, name: str, *more: str) -> list[str]:
     """Overrides of trainer.main; ten steps with every term active from step 3 on."""
     fixed = {
         "data.root": data, "data.features": "fake", "data.image_size": 12, "data.clip_len": 2,
-        "model.feature_dim": 5, "model.grid": "[2,3]", "model.num_slots": 4, "model.slot_dim": 8, "model.decoder_hidden": "[12,12]",
-        "objective": "ssync", "objective.ssync.merge.threshold": 0.9, "optim.max_steps": 10, "optim.global_batch": 4, "optim.lr": 0.004,
+        "model.feature_dim": 5, "model.grid": "[2,3]", "model.num_slots": 4, "model.slot_dim": 8,
+        "model.decoder_hidden": "[12,12]",
+        "objective": "ssync", "objective.ssync.merge.threshold": 0.9, "optim.max_steps": 10, "optim.global_batch": 4,
+        "optim.lr": 0.004,
         "optim.warmup_steps": 2, "optim.decay_steps": 20, "runs": runs, "name": name, "observe.log_every": 1,
-        "checkpoint.every_steps": 1, "checkpoint.keep": 2, "evaluate.every_steps": 0, "evaluate.at_end": "false", "observe.record_order": "true",
+        "checkpoint.every_steps": 1, "checkpoint.keep": 2, "evaluate.every_steps": 0, "evaluate.at_end": "false",
+        "observe.record_order": "true",
         "observe.metrics": "false",
     }  # fmt: skip
     names = {item.split("=")[0] for item in more}

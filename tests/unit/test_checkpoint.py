@@ -167,7 +167,9 @@ def test_rests_of_a_killed_save_are_cleared(engine, root):
 
 def test_another_shape_is_one_line_that_names_the_tensor(root):
     found = checkpoint.read(root / "step_00000030")
-    other = VideoSlotModel(ModelConfig(num_slots=5, slot_dim=8, feature_dim=6, grid=[2, 3], predictor_heads=2, decoder_hidden=[10, 9]))
+    other = VideoSlotModel(
+        ModelConfig(num_slots=5, slot_dim=8, feature_dim=6, grid=[2, 3], predictor_heads=2, decoder_hidden=[10, 9])
+    )
     with pytest.raises(ConfigError) as error:
         checkpoint.load_weights(other, found)
     assert "initializer.slots is [3, 8]" in str(error.value) or "initializer.slots is [1, 3, 8]" in str(error.value)

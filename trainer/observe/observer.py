@@ -110,14 +110,19 @@ class Observer:
             self.log.write(step, flat)
         scores = {f"metric/{name}": value for name, value in result.scores.items()}
         self.console.close()
-        self.console.score_table(scores | flat, f"{self.run.name}: {result.num_videos} validation videos after {step} steps, in %")
+        self.console.score_table(
+            scores | flat, f"{self.run.name}: {result.num_videos} validation videos after {step} steps, in %"
+        )
         if self.is_main and self.config.observe.report:
             self.console.note(f"report: {write_report(self.run, result.gallery)}")
 
     def preempted(self, step: int, kind: str) -> None:
         if self.exporter is not None:
             self.exporter.preempted()
-        self.console.note(f"stopped on request ({kind or 'another rank was asked'}) after step {step}; its checkpoint is saved; start the run again to go on")
+        self.console.note(
+            f"stopped on request ({kind or 'another rank was asked'}) after step {step}; its checkpoint is saved; "
+            "start the run again to go on"
+        )
 
     def non_finite(self) -> None:
         if self.exporter is not None:
