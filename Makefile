@@ -31,8 +31,13 @@ $(STAMP): setup.py constraints.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[$(EXTRAS)]'
 	@touch $@
 
+# make demo SEED=1 is another run folder on the same clips; DEMO_ARGS goes to the trainer
+SEED := 0
+DEMO_NAME := $(if $(filter-out 0,$(SEED)),demo_seed$(SEED),demo)
+DEMO_ARGS :=
 demo: $(STAMP)
-	$(BIN)/python benchmarks/demo.py
+	$(BIN)/python -m data_pipeline.build source=synthetic features=patch out=data/synthetic
+	$(BIN)/python cluster/launch.py --nodes 1 --ranks-per-node 2 experiment=demo name=$(DEMO_NAME) seed=$(SEED) $(DEMO_ARGS)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

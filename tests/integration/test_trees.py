@@ -43,9 +43,9 @@ def build(out: Path, vit_file: Path, *more: str) -> None:
 def train_arguments(data: Path, runs: Path, grid: int) -> list[str]:
     return [
         f"data.root={data}", "data.features=dinov2", f"data.image_size={14 * grid}", "model.feature_dim=64",
-        f"model.grid=[{grid},{grid}]",        "model.num_slots=5", "model.slot_dim=16", "model.decoder_hidden=[32,32]", "objective=ssync", "optim.max_steps=20",
-        "optim.global_batch=4", "optim.warmup_steps=2", "optim.decay_steps=20", f"runs={runs}", "name=tree",
-        "observe.log_every=5",
+        f"model.grid=[{grid},{grid}]", "model.num_slots=5", "model.slot_dim=16", "model.decoder_hidden=[32,32]",
+        "objective=ssync", "optim.max_steps=20", "optim.global_batch=4", "optim.warmup_steps=2", "optim.decay_steps=20",
+        f"runs={runs}", "name=tree", "observe.log_every=5",
     ]  # fmt: skip
 
 
