@@ -127,7 +127,10 @@ def test_features_of_another_model_are_refused(tmp_path, vit_file):
         (["source=ytvis", "root=/nowhere"], ["/nowhere"]),
         (["source=moviee", "root=x"], ["moviee", "movi_e"]),
         (["source=movi", f"root={TREES / 'movi_tfds_tiny'}", "codec=float17"], ["float17", "float16"]),
-        (["source=movi", f"root={TREES / 'movi_tfds_tiny'}", "features.weights=/nowhere.pth"], ["/nowhere.pth"]),
+        (
+            ["source=movi", f"root={TREES / 'movi_tfds_tiny'}", "splits=[train]", "features.weights=/nowhere.pth"],
+            ["/nowhere.pth"],
+        ),
     ],
 )
 def test_a_mistake_in_a_build_is_one_line(tmp_path, words, expected):
@@ -144,12 +147,12 @@ def test_a_truncated_video_is_counted_and_skipped_up_to_the_share(tmp_path, vit_
 
     tree = tmp_path / "tree"
     shutil.copytree(TREES / "ytvis_tiny", tree)
-    image = tree / "train" / "JPEGImages" / "0a1b2c3d4e" / "00005.jpg"
+    image = tree / "train" / "JPEGImages" / "5f6a7b8c9d" / "00005.jpg"
     image.write_bytes(image.read_bytes()[:300])
     arguments = ["-m", "data_pipeline.build", "features=dinov2", f"features.weights={vit_file}", "source=ytvis", f"root={tree}"]
     arguments += ["source.num_validation=1", "source.image_size=28", "splits=[train]", "workers=1"]
     refused = command(*arguments, f"out={tmp_path / 'strict'}", expect=2)
-    assert "0a1b2c3d4e" in refused.stderr and not list((tmp_path / "strict").rglob("index.json"))
+    assert "5f6a7b8c9d" in refused.stderr and not list((tmp_path / "strict").rglob("index.json"))
     command(*arguments, f"out={tmp_path / 'lenient'}", "max_skip_fraction=0.3")
     index = json.loads((tmp_path / "lenient" / "train" / "index.json").read_text())
-    assert [entry["key"] for entry in index["skipped"]] == ["0a1b2c3d4e"] and len(index["samples"]) == 3
+    assert [entry["key"] for entry in index["skipped"]] == ["5f6a7b8c9d"] and len(index["samples"]) == 3

@@ -1,0 +1,56 @@
+"""Scores do not depend on how many ranks share the videos; a run in bf16 works end to end."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.integration.ranks import finish, start_ranks
+from tests.integration.tiny_run import arguments, lines, make_shards
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    root = tmp_path_factory.mktemp("evaluation")
+    data = make_shards(root / "data")
+    codes = finish(start_ranks(1, arguments(data, root / "runs", "run", "optim.max_steps=3"), root / "logs"))
+    assert codes == [0], (root / "logs" / "rank0.err").read_text()[-2000:]
+    return root
+
+
+def evaluate(root, world: int, *more: str, expect: int = 0) -> dict:
+    out, logs = root / f"scores{world}.json", root / f"logs{world}"
+    codes = finish(start_ranks(world, ["-m", "trainer.evaluate", f"run={root / 'runs' / 'run'}", f"out={out}", *more], logs))
+    assert codes == [expect] * world, (logs / "rank0.err").read_text()[-2000:]
+    return json.loads(out.read_text()) if expect == 0 else {"error": (logs / "rank0.err").read_text()}
+
+
+def test_any_number_of_ranks_gives_the_same_scores(begun):
+    """Three videos of 5, 3 and 4 frames on 1, 2 and 4 ranks: none lost, none counted twice."""
+    one = evaluate(begun, 1)
+    assert one["videos"] == 3 and set(one["baselines"]) == {"untrained", "grid", "k_means", "patch_ceiling"}
+    for world in (2, 4):
+        other = evaluate(begun, world)
+        assert other["scores"] == pytest.approx(one["scores"], abs=1e-12)
+        for name, table in one["baselines"].items():
+            assert other["baselines"][name] == pytest.approx(table, abs=1e-12), name
+
+
+def test_an_older_checkpoint_and_fewer_videos(begun):
+    found = evaluate(begun, 1, "step=2", "limit=2", "maps=[attn]", "baselines=false")
+    assert (found["step"], found["videos"], found["baselines"]) == (2, 2, {})
+
+
+def test_a_step_without_checkpoint_names_those_that_are_there(begun):
+    told = evaluate(begun, 1, "step=7", expect=2)["error"]
+    assert "step=7" in told and "choose one of 3, 2" in told and "Traceback" not in told
+
+
+def test_bf16_trains_and_scores(begun):
+    more = ["parallel.precision=bf16", "evaluate.at_end=true", "optim.max_steps=4"]
+    codes = finish(start_ranks(2, arguments(begun / "data", begun / "runs", "half", *more), begun / "half"))
+    assert codes == [0, 0], (begun / "half" / "rank0.err").read_text()[-2000:]
+    logged = lines(begun / "runs" / "half" / "metrics.jsonl")
+    assert all(0 < line["loss/total"] < 10 for line in logged if "loss/total" in line)
+    assert any("metric/video_mbo" in line for line in logged)
