@@ -182,7 +182,7 @@ def _agree(
         terms[name] = value / count if count else float("nan")
     total = sum(objective.weight(name, step) * value for name, value in terms.items())
     if not all(map(_finite, terms.values())):
-        _raise_non_finite(dict(zip(sums, own.tolist(), strict=True)), terms, step)
+        _raise_non_finite(dict(zip(sums, own.tolist(), strict=True)), set(coupled), terms, step)
     return total, terms, wishes > 0
 
 
@@ -190,9 +190,11 @@ def _finite(value: float) -> bool:
     return value - value == 0
 
 
-def _raise_non_finite(own: dict[str, float], terms: dict[str, float], step: int) -> None:
-    bad = distributed.gather_objects([name for name, value in own.items() if not _finite(value)])
-    ranks = [rank for rank, names in enumerate(bad) if names] or list(range(len(bad)))
+def _raise_non_finite(own: dict[str, float], coupled: set[str], terms: dict[str, float], step: int) -> None:
+    """A coupled term carries one rank's bad clip to all: the ranks whose own terms are bad are to blame, if there are any."""
+    bad = distributed.gather_objects({name for name, value in own.items() if not _finite(value)})
+    blamed = [names - coupled for names in bad]
+    ranks = [rank for rank, names in enumerate(blamed if any(blamed) else bad) if names]
     shown = ", ".join(f"{name}={value:.4g}" for name, value in terms.items())
     raise NonFiniteLoss(
         f"loss is not finite at step {step} on ranks {ranks}: {shown}; nothing was updated; "
