@@ -39,11 +39,12 @@ demo: $(STAMP)
 	$(BIN)/python -m data_pipeline.build source=synthetic features=patch out=data/synthetic
 	$(BIN)/python cluster/launch.py --nodes 1 --ranks-per-node 2 experiment=demo name=$(DEMO_NAME) seed=$(SEED) $(DEMO_ARGS)
 
+# two workers; the tests of one file stay together, because they share runs
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-fast: $(STAMP)
-	$(BIN)/python -m pytest tests/unit tests/golden
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit tests/golden
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

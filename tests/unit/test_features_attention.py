@@ -126,7 +126,7 @@ def test_what_the_kernels_cannot_take_goes_to_torch():
     assert not takes(6, torch.float32)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="gpu: needs a CUDA device")
 def test_cuda_gives_the_cpu_numbers():
     single = [item.detach().float() for item in inputs(width=16)]
     got = attention(*(item.cuda() for item in single), scale=0.5).cpu()
