@@ -15,7 +15,7 @@ from data_pipeline.features import GROUP_SCHEMAS, FittedExtractor, build_extract
 from data_pipeline.features.patch import PatchExtractor, describe, soft_positions
 from data_pipeline.features.slow import expand, fit_slow
 
-SETTINGS = {"patch_size": 4, "num_components": 5, "num_random": 7}
+SETTINGS = {"patch_size": 4, "num_components": 5, "num_random": 7, "position_scale": 1.0}
 
 
 def clip(seed, frames=6, height=24, width=32):
@@ -113,7 +113,7 @@ def test_a_fit_is_reproducible_and_depends_on_seed_and_clips():
     first, again = fitted(), fitted()
     assert first.fingerprint == again.fingerprint
     assert torch.equal(first(clip(9)), again(clip(9)))
-    others = [fitted(seed=1), fitted(clips=4), fitted(position_scale=2.0)]
+    others = [fitted(seed=1), fitted(clips=4), fitted(position_scale=3.0)]
     assert len({item.fingerprint for item in [first, *others]}) == 4
 
 
