@@ -36,7 +36,7 @@ SEED := 0
 DEMO_NAME := $(if $(filter-out 0,$(SEED)),demo_seed$(SEED),demo)
 DEMO_ARGS :=
 demo: $(STAMP)
-	$(BIN)/python -m data_pipeline.build source=synthetic features=patch out=data/synthetic
+	$(BIN)/python -m data_pipeline.build source=synthetic features=patch out=data/synthetic source.seed=1
 	$(BIN)/python cluster/launch.py --nodes 1 --ranks-per-node 2 experiment=demo name=$(DEMO_NAME) seed=$(SEED) $(DEMO_ARGS)
 
 # two workers; the tests of one file stay together, because they share runs
