@@ -31,7 +31,8 @@ $(STAMP): setup.py constraints.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[$(EXTRAS)]'
 	@touch $@
 
-# make demo SEED=1 is another run folder on the same clips; DEMO_ARGS goes to the trainer
+# make demo SEED=1 is another run folder on the same clips; DEMO_ARGS goes to the trainer. source.seed=1: no setting was chosen on
+# these clips
 SEED := 0
 DEMO_NAME := $(if $(filter-out 0,$(SEED)),demo_seed$(SEED),demo)
 DEMO_ARGS :=

@@ -22,7 +22,7 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from data_pipeline.errors import ConfigError, DataError
+from data_pipeline.errors import ConfigError, DataError, StateError
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 T = TypeVar("T")
@@ -113,12 +113,15 @@ def _explain(error: Exception, schema: type, overrides: Sequence[str]) -> str:
 
 
 def run_command(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> int:
-    """Call a command's `main`; a user's mistake becomes one line on stderr and exit code 2, no traceback."""
+    """Call a command's `main`; a mistake becomes one line on stderr. Exit code 2: the user's mistake, 1: the run's state."""
     try:
         return int(main(list(sys.argv[1:] if argv is None else argv)) or 0)
     except (ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except StateError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

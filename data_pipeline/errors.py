@@ -14,6 +14,10 @@ class DataError(ValueError):
     """A file or a sample is missing, damaged or of another kind than the settings say."""
 
 
+class StateError(RuntimeError):
+    """The world or a run's state is not what it must be: a damaged checkpoint, a full disk, a loss that is not finite."""
+
+
 def unknown_name(what: str, value: str, known: Iterable[str], remedy: str = "") -> ConfigError:
     """An error for a name that no table knows; lists the known names, the nearest first."""
     names = sorted(known)

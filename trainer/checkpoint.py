@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from data_pipeline.errors import ConfigError
+from data_pipeline.errors import ConfigError, StateError
 from trainer import distributed
 from trainer.engine import MOMENTS, AdamState, Engine
 from trainer.state import TrainState
@@ -81,7 +81,7 @@ def problem(path: Path) -> str:
 def save(root: Path, engine: Engine, state: TrainState, keep: int, report: Callable[[str], None]) -> Saved:
     """Write a checkpoint. Collective: every rank gathers, rank 0 writes, all learn whether it worked.
 
-    Raises RuntimeError on every rank when rank 0 could not write; what was there before stays.
+    Raises StateError on every rank when rank 0 could not write; what was there before stays.
     """
     weights = engine.weights()
     adam = engine.adam_state(state.step)
@@ -94,7 +94,7 @@ def save(root: Path, engine: Engine, state: TrainState, keep: int, report: Calla
             outcome = f"{error.strerror or error} ({error.filename or root})"
     outcome = distributed.from_main(outcome)
     if isinstance(outcome, str):
-        raise RuntimeError(
+        raise StateError(
             f"checkpoint of step {state.step} could not be written: {outcome}; "
             "older checkpoints are untouched; free space or mend the folder"
         )
@@ -104,7 +104,7 @@ def save(root: Path, engine: Engine, state: TrainState, keep: int, report: Calla
 def load_newest(root: Path, device: torch.device, report: Callable[[str], None]) -> Checkpoint | None:
     """The newest checkpoint that every rank could verify; None when there is no candidate at all. Collective.
 
-    Raises RuntimeError when candidates exist and none verifies: starting again from nothing would hide the loss.
+    Raises StateError when candidates exist and none verifies: starting again from nothing would hide the loss.
     """
     names = distributed.from_main([path.name for path in candidates(root)])
     refused = []
@@ -116,7 +116,7 @@ def load_newest(root: Path, device: torch.device, report: Callable[[str], None])
         refused.append(f"{name}: {reason}")
         report(f"checkpoint {root / name} does not verify: {reason}; trying an older one")
     if refused:
-        raise RuntimeError(
+        raise StateError(
             f"none of {len(refused)} checkpoints in {root} verifies ({'; '.join(refused[:3])}); they are left as they are; "
             "restore one from a copy, or start under another name"
         )
@@ -130,7 +130,7 @@ def read(path: Path) -> Checkpoint:
         weights = load_file(path / "model.safetensors")
         moments = load_file(path / "optimizer.safetensors")
     except SafetensorError as error:
-        raise RuntimeError(
+        raise StateError(
             f"{path}: hashes verify but the tensors cannot be read ({error}); it was written damaged; use an older one"
         ) from None
     parts = {

@@ -260,8 +260,6 @@ def _choose_checkpoint(run: Path, step: int | None, device: torch.device) -> Che
 
 
 if __name__ == "__main__":
-    import sys
+    from trainer.main import run_as_rank
 
-    from data_pipeline.compose import run_command
-
-    sys.exit(run_command(main))
+    run_as_rank(main)

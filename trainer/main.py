@@ -7,6 +7,15 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from trainer.config import RunConfig
+    from trainer.preemption import StopRequest
 
 HELP = """python -m trainer.main [experiment=NAME] [group=member ...] [key=value ...]
 
@@ -26,18 +35,18 @@ def main(argv: list[str]) -> int:
     if "--help" in argv or "-h" in argv:
         print(HELP, end="")
         return 0
+    from trainer.preemption import StopRequest
+
+    stop = StopRequest().install()  # before the slow imports: a stop request that comes early is kept
     from data_pipeline.compose import compose
     from trainer.config import RunConfig
 
-    config = compose("train", RunConfig, argv)
-    return _train(config)
+    return _train(compose("train", RunConfig, argv), stop)
 
 
-def _train(config) -> int:
+def _train(config: RunConfig, stop: StopRequest) -> int:
     from trainer import distributed, run_folder
-    from trainer.preemption import StopRequest
 
-    stop = StopRequest().install()
     world = distributed.world_from_environment()
     _set_threads(config.parallel.threads)
     _keep_freed_memory()
@@ -48,27 +57,25 @@ def _train(config) -> int:
     run = run_folder.folder_of(config)
     distributed.start(choose_device(config.parallel.device), config.parallel.timeout_s)
     attempt = distributed.from_main(run_folder.attempt_of(run))
-    _main_rank_prepares(run, config, attempt)
-    if (run / "DONE").is_file() and world.rank == 0:
-        print(f"{run.name} has finished before; going on adds nothing unless optim.max_steps grew", file=sys.stderr)
+    _prepare_folder(run, config, attempt, is_main=world.rank == 0)
     training = Training(config, world, run, attempt, stop)
     try:
         return training.run_to_end()
     except NonFiniteLoss as error:
         training.observer.non_finite()
-        print(f"error: {error}; last good checkpoint: step {training.saved_step}", file=sys.stderr)
-        return 1
+        saved = f"step {training.saved_step}" if training.saved_step >= 0 else "none"
+        raise NonFiniteLoss(f"{error}; last good checkpoint: {saved}") from None
     finally:
         training.close()
 
 
-def _main_rank_prepares(run, config, attempt: int) -> None:
+def _prepare_folder(run: Path, config: RunConfig, attempt: int, is_main: bool) -> None:
     """Rank 0 makes the run folder; a refusal reaches all ranks, so that none waits for it."""
     from data_pipeline.errors import ConfigError
     from trainer import distributed, run_folder
 
     refusal = None
-    if not distributed.many() or __import__("torch").distributed.get_rank() == 0:
+    if is_main:
         try:
             run_folder.prepare(run, config, attempt)
         except ConfigError as error:
@@ -110,7 +117,19 @@ def leave(code: int) -> None:
     os._exit(code)
 
 
-if __name__ == "__main__":
+def run_as_rank(command: Callable[[list[str]], int | None]) -> None:
+    """Run a command to its end as one rank: every way out is an exit code, none goes through the interpreter's teardown."""
     from data_pipeline.compose import run_command
 
-    leave(run_command(main))
+    code = 1
+    try:
+        code = run_command(command)
+    except SystemExit as request:
+        code = request.code if isinstance(request.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    leave(code)
+
+
+if __name__ == "__main__":
+    run_as_rank(main)

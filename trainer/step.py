@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from data_pipeline.batch import ClipBatch
+from data_pipeline.errors import StateError
 from trainer import distributed
 from trainer.engine import Engine
 from trainer.model.outputs import ModelOutput
 from trainer.objective import Objective, TermValue
 
 
-class NonFiniteLoss(RuntimeError):
+class NonFiniteLoss(StateError):
     """A loss term is not finite on some rank. Nothing was updated."""
 
 

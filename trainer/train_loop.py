@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from data_pipeline.errors import StateError
 from data_pipeline.order import World
 from trainer import checkpoint, distributed, evaluate
 from trainer.build import build_clip_loader, build_model, build_objective, build_video_loader, real_per_rank
@@ -85,7 +86,7 @@ class Training:
             return
         norm = self.engine.grad_norm()
         if norm - norm != 0:  # one read, only where a checkpoint is due
-            raise RuntimeError(
+            raise StateError(
                 f"gradient norm is {norm} at step {self.step}; such weights are not saved; "
                 f"the last checkpoint is step {self.saved_step}; lower optim.lr"
             )

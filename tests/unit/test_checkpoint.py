@@ -9,7 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.errors import ConfigError
+from data_pipeline.errors import ConfigError, StateError
 from data_pipeline.order import Position
 from trainer import checkpoint, distributed
 from trainer.config import ModelConfig, OptimConfig, ParallelConfig
@@ -131,7 +131,7 @@ def test_a_damaged_newest_is_passed_over_and_reported(root, damage):
 def test_nothing_that_verifies_is_an_error_and_nothing_is_touched(root):
     for path in checkpoint.candidates(root):
         (path / "model.safetensors").write_bytes(b"no tensors")
-    with pytest.raises(RuntimeError, match="none of 3 checkpoints"):
+    with pytest.raises(StateError, match="none of 3 checkpoints"):
         checkpoint.load_newest(root, CPU, lambda text: None)
     assert steps(root) == [30, 20, 10]
 
@@ -153,7 +153,7 @@ def test_a_failed_write_leaves_the_older_ones_and_no_rest(engine, root, monkeypa
         raise OSError(28, "No space left on device", "model.safetensors")
 
     monkeypatch.setattr(checkpoint, "save_file", full_disk)
-    with pytest.raises(RuntimeError, match="No space left on device"):
+    with pytest.raises(StateError, match="No space left on device"):
         checkpoint.save(root, engine, state(40), keep=3, report=print)
     assert steps(root) == [30, 20, 10]
     assert not list(root.glob(".writing*"))
