@@ -31,6 +31,15 @@ class Training:
         self.device = choose_device(config.parallel.device)
         distributed.start(self.device, config.parallel.timeout_s)
         self.observer = Observer(config, world, run, attempt)
+        try:
+            self._begin()
+        except BaseException:
+            self.observer.close()
+            raise
+
+    def _begin(self) -> None:
+        """The newest checkpoint that verifies, or a new model; the data stream from there."""
+        config, world = self.config, self.world
         found = checkpoint.load_newest(self.checkpoints, self.device, self.observer.verify_failed)
         model = build_model(config.model, config.seed)
         if found is not None:
@@ -39,15 +48,14 @@ class Training:
         self.loader = build_clip_loader(config, world, position=self.step * config.optim.global_batch)
         if found is not None:
             found.state.position.require_same_stream(self._state().position)
+        num_parameters = sum(parameter.numel() for parameter in model.parameters())
         example = torch.zeros(1, config.data.clip_len, config.model.grid[0] * config.model.grid[1], config.model.feature_dim)
         self.engine = Engine(
             model, config.optim, config.parallel, self.device, adam=found.adam if found else None, example=example.to(self.device)
         )
         self.objective = build_objective(config)
         self.saved_step = self.step if found else -1
-        self.observer.started(
-            self.step, self.loader, sum(parameter.numel() for parameter in model.parameters()) if found is None else None
-        )
+        self.observer.started(self.step, self.loader, num_parameters)
 
     def run_to_end(self) -> int:
         """Train to optim.max_steps, evaluate, report. Returns the exit code: 0 done, 75 stopped on request after a checkpoint."""

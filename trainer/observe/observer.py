@@ -44,15 +44,15 @@ class Observer:
 
     # -- told by the training loop ----------------------------------------------------------------------------------------
 
-    def started(self, step: int, loader: ClipLoader, num_parameters: int | None) -> None:
+    def started(self, step: int, loader: ClipLoader, num_parameters: int) -> None:
         """The first update of this attempt comes next; `step` updates were done before."""
         if self.is_main:
             self.log = RunLog(self.run / "metrics.jsonl", resume_step=step)
             clips, shards = len(loader.dataset), len(loader.dataset.index.shards)
             begin = f"going on from checkpoint of step {step}" if step else "starting at step 0"
-            size = f"{num_parameters / 1e6:.2f} M parameters, " if num_parameters else ""
             self.console.note(
-                f"run {self.run.name}, attempt {self.attempt}: {begin}; {size}{clips} videos in {shards} shards, "
+                f"run {self.run.name}, attempt {self.attempt}: {begin}; {num_parameters / 1e6:.2f} M parameters, "
+                f"{clips} videos in {shards} shards, "
                 f"{self.world.size} rank(s), {self.config.optim.global_batch} clips an update"
             )
         if self.config.observe.record_order:
