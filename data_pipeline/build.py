@@ -28,6 +28,7 @@ from data_pipeline.codec import CodecError, find_codec
 from data_pipeline.compose import compose, run_command
 from data_pipeline.config import BuildConfig
 from data_pipeline.errors import ConfigError, DataError
+from data_pipeline.files import write_atomically
 from data_pipeline.progress import format_bytes, format_seconds, usable_cores
 from data_pipeline.shards import (
     INDEX_NAME,
@@ -37,7 +38,6 @@ from data_pipeline.shards import (
     read_json,
     shard_name,
     verified_sidecar,
-    write_atomically,
 )
 from data_pipeline.views import parse_view, prepare
 
@@ -232,7 +232,7 @@ def _remove_shards(folder: Path, split: str, first: int) -> None:
         match = pattern.fullmatch(path.name)
         if match and int(match[1]) >= first:
             path.unlink()
-    for path in folder.glob(".*.tmp-*"):
+    for path in folder.glob(".*.tmp"):
         path.unlink()
 
 

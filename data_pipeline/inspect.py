@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.compose import run_command
+from data_pipeline.files import write_atomically
 from data_pipeline.progress import format_bytes
-from data_pipeline.shards import DatasetIndex, write_atomically
+from data_pipeline.shards import DatasetIndex
 from data_pipeline.store import ShardDataset, find_splits
 
 TILE = 160  # side of a frame on the sheet, pixels

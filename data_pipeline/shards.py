@@ -17,9 +17,8 @@ import contextlib
 import hashlib
 import io
 import json
-import os
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -28,6 +27,7 @@ import numpy as np
 from google_crc32c import value as crc32c_of_bytes
 
 from data_pipeline.errors import DataError
+from data_pipeline.files import replacing, sha256_of, write_atomically
 
 INDEX_FORMAT = "slotstream-index/1"
 SHARD_FORMAT = "slotstream-shard/1"
@@ -57,12 +57,6 @@ def shard_name(split: str, number: int) -> str:
     return f"{split}-{number:06d}.tar"
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a small file so that nobody ever sees half of it."""
-    with _replacing(path) as file:
-        file.write(data)
-
-
 def read_json(path: Path, what: str, remedy: str) -> dict[str, Any]:
     """Raises DataError when the file is missing, cut off or no JSON object."""
     try:
@@ -74,29 +68,6 @@ def read_json(path: Path, what: str, remedy: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise DataError(f"{path}: holds a JSON {type(values).__name__}; {what} must be one whole JSON object; {remedy}")
     return values
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file under a temporary name that takes the real one once it lies safely on the disk."""
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class _HashedFile:
@@ -143,7 +114,7 @@ class ShardWriter:
 
     def __enter__(self) -> ShardWriter:
         self._stack = contextlib.ExitStack()
-        self._file = _HashedFile(self._stack.enter_context(_replacing(self.path)))
+        self._file = _HashedFile(self._stack.enter_context(replacing(self.path)))
         self._tar = self._stack.enter_context(
             tarfile.TarFile(fileobj=self._file, mode="w", format=tarfile.GNU_FORMAT, copybufsize=1 << 20)  # type: ignore[arg-type]
         )
@@ -277,19 +248,6 @@ def verified_sidecar(path: Path, settings: str) -> dict[str, Any] | None:
         return sidecar
     except (DataError, OSError):
         return None
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256_by_parts(file)
-
-
-def _sha256_by_parts(file: IO[bytes]) -> str:
-    """For Python 3.10, which has no hashlib.file_digest."""
-    state = hashlib.sha256()
-    while part := file.read(1 << 20):
-        state.update(part)
-    return state.hexdigest()
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,6 @@ of the others; a folder without one that verifies is damaged: it is reported, pa
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -22,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from data_pipeline.errors import ConfigError, StateError
+from data_pipeline.files import sha256_of, sync, write_atomically
 from trainer import distributed
 from trainer.engine import MOMENTS, AdamState, Engine
 from trainer.state import TrainState
@@ -69,7 +69,7 @@ def problem(path: Path) -> str:
                 return f"{name} is missing"
             if file.stat().st_size != entry["bytes"]:
                 return f"{name} has {file.stat().st_size} bytes, the manifest says {entry['bytes']}"
-            if _sha256(file) != entry["sha256"]:
+            if sha256_of(file) != entry["sha256"]:
                 return f"{name} has another sha256 than the manifest says"
         return ""
     except FileNotFoundError:
@@ -192,13 +192,13 @@ def _publish(root: Path, weights: Mapping[str, Tensor], adam: AdamState, state: 
         files = {name: _entry(folder / name) for name in ("model.safetensors", "optimizer.safetensors", "state.json")}
         manifest = {"format": FORMAT, "step": state.step, "files": files}
         (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
-        _fsync(folder / "manifest.json")
-        _fsync(folder)
+        sync(folder / "manifest.json")
+        sync(folder)
         target = root / folder_name(state.step)
         if target.exists():
             _set_aside(target)
         folder.rename(target)
-        _fsync(root)
+        sync(root)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -223,33 +223,5 @@ def _count() -> Iterator[int]:
 
 
 def _entry(file: Path) -> dict[str, Any]:
-    _fsync(file)
-    return {"bytes": file.stat().st_size, "sha256": _sha256(file)}
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256_by_parts(stream)
-
-
-def _sha256_by_parts(stream: Any) -> str:
-    digest = hashlib.sha256()
-    for part in iter(lambda: stream.read(1 << 20), b""):
-        digest.update(part)
-    return digest.hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a small file so that a reader sees the old or the new one, never half."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    _fsync(temporary)
-    os.replace(temporary, path)
+    sync(file)
+    return {"bytes": file.stat().st_size, "sha256": sha256_of(file)}

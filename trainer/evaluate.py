@@ -199,6 +199,7 @@ def evaluate_run(settings: EvaluationConfig) -> int:
     from dataclasses import replace
     from pathlib import Path
 
+    from data_pipeline.files import write_atomically
     from trainer import checkpoint, distributed
     from trainer.build import build_model, build_video_loader
     from trainer.engine import choose_device
@@ -231,7 +232,7 @@ def evaluate_run(settings: EvaluationConfig) -> int:
             "videos": result.num_videos,
             "scores": result.scores,
         }
-        checkpoint.write_atomically(out, json.dumps(content | {"baselines": baselines}, indent=1))
+        write_atomically(out, json.dumps(content | {"baselines": baselines}, indent=1))
         flat = {f"metric/{key}": value for key, value in result.scores.items()}
         flat |= {f"baseline/{name}/{key}": value for name, table in baselines.items() for key, value in table.items()}
         title = f"{run.name}, step {found.state.step}: {result.num_videos} videos of {data.root}/{data.val_split}, in %"

@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data_pipeline.errors import ConfigError
+from data_pipeline.files import write_atomically
 from trainer.config import RunConfig
 
 FIXED = ("seed", "data", "model", "objective", "optim")  # what a run may not change under way
@@ -46,11 +47,11 @@ def prepare(run: Path, config: RunConfig, attempt: int) -> None:
     if (run / "config.yaml").is_file() and any((run / "checkpoints").glob("step_*")):
         _refuse_other_settings(run, config)
     text = OmegaConf.to_yaml(OmegaConf.structured(config))
-    _write(run / "config.yaml", text)
+    write_atomically(run / "config.yaml", text)
     record = _provenance(config, attempt)
-    _write(run / "attempts" / str(attempt) / "provenance.json", json.dumps(record, indent=1))
+    write_atomically(run / "attempts" / str(attempt) / "provenance.json", json.dumps(record, indent=1))
     if not (run / "provenance.json").is_file():
-        _write(run / "provenance.json", json.dumps(record, indent=1))
+        write_atomically(run / "provenance.json", json.dumps(record, indent=1))
 
 
 def read_config(run: Path) -> RunConfig:
@@ -112,9 +113,3 @@ def _version(name: str) -> str | None:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    os.replace(temporary, path)

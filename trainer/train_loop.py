@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from data_pipeline.errors import StateError
+from data_pipeline.files import write_atomically
 from data_pipeline.order import World
 from trainer import checkpoint, distributed, evaluate
 from trainer.build import build_clip_loader, build_model, build_objective, build_video_loader, real_per_rank
@@ -127,7 +128,7 @@ class Training:
             baselines = self._baselines() if config.evaluate.baselines else {}
             self.observer.finished(self.step, result, baselines)
         if self.world.rank == 0:
-            checkpoint.write_atomically(self.run / "DONE", f"step {self.step}\n")
+            write_atomically(self.run / "DONE", f"step {self.step}\n")
         distributed.barrier()
         return DONE
 

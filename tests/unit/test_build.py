@@ -169,7 +169,7 @@ def test_a_second_call_builds_nothing(
         lambda out: (out / "train" / "train-000000.tar").write_bytes(b"cut"),
         lambda out: (out / "validation" / "validation-000000.json").write_bytes(b'{"format": "slot'),
         lambda out: (out / "train" / "index.json").unlink(),
-        lambda out: (out / "train" / ".train-000001.tar.tmp-99").write_bytes(b"left by a killed build"),
+        lambda out: (out / "train" / ".train-000001.tar.99.tmp").write_bytes(b"left by a killed build"),
         lambda out: (out / "train" / "train-000009.tar").write_bytes(b"of a larger build"),
     ],
 )

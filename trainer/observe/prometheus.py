@@ -27,7 +27,7 @@ from prometheus_client import (
     start_http_server,
 )
 
-from trainer.observe.run_log import replace_file
+from data_pipeline.files import write_atomically
 
 PHASES = ("data", "forward", "backward", "optimizer", "checkpoint")
 SCORES = ("video_fg_ari", "video_mbo", "frame_fg_ari", "frame_mbo")  # the closed set of label `metric`
@@ -192,7 +192,7 @@ class Exporter:
         if self._server is None:
             return
         if self.final_path is not None:
-            replace_file(self.final_path, self.exposition())
+            write_atomically(self.final_path, self.exposition())
         self._server.shutdown()
         self._server.server_close()
         self._thread.join(timeout=5)

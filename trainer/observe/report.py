@@ -21,10 +21,11 @@ from typing import Any
 
 from PIL import Image
 
+from data_pipeline.files import write_atomically
 from trainer.observe.console import data_wait_share, format_seconds
 from trainer.observe.curves import legend, line_chart
 from trainer.observe.render import GalleryItem, render_item
-from trainer.observe.run_log import iterate_keys, latest, read_log, replace_file, series
+from trainer.observe.run_log import iterate_keys, latest, read_log, series
 from trainer.observe.score_table import ScoreTable, percent, score_table
 
 _PAGE = Path(__file__).with_name("report.html")
@@ -63,7 +64,7 @@ def write_report(run_dir: Path | str, gallery: Sequence[GalleryItem] = ()) -> Pa
         written=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
     )
     index = run.path / "report" / "index.html"
-    replace_file(index, page.encode())
+    write_atomically(index, page.encode())
     return index
 
 
@@ -100,7 +101,7 @@ def _save_pictures(folder: Path, gallery: Sequence[GalleryItem]) -> list[Path]:
         render_item(item).save(buffer, "PNG", optimize=True)
         name = "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in item.key)[:80]
         paths.append(folder / f"video_{number:02d}_{name}.png")
-        replace_file(paths[-1], buffer.getvalue())
+        write_atomically(paths[-1], buffer.getvalue())
     return paths
 
 

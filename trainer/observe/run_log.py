@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from data_pipeline.errors import DataError
+from data_pipeline.files import write_atomically
 
 _SPECIAL = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
@@ -100,22 +100,8 @@ def _repair(path: Path, resume_step: int | None) -> int:
         else:
             dropped += 1
     if dropped:
-        replace_file(path, b"".join(kept))
+        write_atomically(path, b"".join(kept))
     return dropped
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write `content` beside `path`, sync it, rename it over `path`: a reader sees the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _parse(text: bytes) -> dict[str, Any] | None:
@@ -152,4 +138,4 @@ def iterate_keys(lines: Iterable[Mapping[str, Any]], prefix: str) -> Iterator[st
                 yield key
 
 
-__all__ = ["RunLog", "iterate_keys", "latest", "read_log", "replace_file", "series"]
+__all__ = ["RunLog", "iterate_keys", "latest", "read_log", "series"]

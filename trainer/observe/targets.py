@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trainer.observe.run_log import replace_file
+from data_pipeline.files import write_atomically
 
 STALE_S = 3600.0  # a live run refreshes its file every minute or so; one this old belongs to a run that died unheard
 _PREFIX = "slotstream-"
@@ -29,13 +29,13 @@ def target_group(target: str, *, run: str, attempt: int | str, node: str, rank: 
 
 def write_targets(path: Path | str, groups: Sequence[dict[str, Any]]) -> None:
     """Write `path` (the run's monitoring/targets.json) so that a reader sees the old list or the new one."""
-    replace_file(Path(path), (json.dumps(list(groups), indent=1) + "\n").encode())
+    write_atomically(Path(path), (json.dumps(list(groups), indent=1) + "\n").encode())
 
 
 def link_into(path: Path | str, directory: Path | str) -> Path:
     """Copy the run's target file into a watched folder, and clear away what dead runs left there."""
     copy = watched_file(path, directory)
-    replace_file(copy, Path(path).read_bytes())
+    write_atomically(copy, Path(path).read_bytes())
     clean_stale(directory)
     return copy
 
