@@ -43,10 +43,13 @@ class YtvisSource(SourceConfig):
     resize: str = "crop"
     train_views: list[str] = field(default_factory=lambda: ["center", "crop0", "crop1"])
     num_validation: int = 300  # the last so many videos of the train file, in file order (SlotContrast's split)
+    short_side: int | None = None  # bring frames and masks to this short side first, nearest pixel; None: leave them as they are
 
     def __post_init__(self) -> None:
         SourceConfig.__post_init__(self)
         check_at_least("source.num_validation", self.num_validation, 0)
+        if self.short_side is not None:
+            check_at_least("source.short_side", self.short_side, 1)
 
 
 @dataclass(kw_only=True)

@@ -194,6 +194,7 @@ class EvaluateConfig:
         default_factory=lambda: ["object", "attn"]
     )  # scored maps; the first gives metric/..., the others metric/<name>_...
     mask_size: int | None = None  # side that masks are scored at; None: data.image_size as released
+    merge: bool = False  # score with SSync's redundant slots merged; the released code scores them unmerged
     baselines: bool = True  # score the four baselines once at the end
     empty_foreground: str = "one"  # FG-ARI of a frame or video without foreground: one as released (MOVi) | skip
 
@@ -248,6 +249,7 @@ class EvaluationConfig:
     split: str | None = None
     limit: int | None = None
     maps: list[str] = field(default_factory=lambda: ["object", "attn"])
+    merge: bool = False  # score with SSync's redundant slots merged
     baselines: bool = True
     device: str = "auto"
     out: str | None = None  # where scores.json goes; None: beside the run's metrics

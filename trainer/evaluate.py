@@ -33,6 +33,7 @@ Scores a finished (or running) run's checkpoint on whole videos and prints the t
   split=NAME      split of the shards (default: the run's data.val_split)
   limit=N         first so many videos
   maps=[object,attn]   which maps are scored
+  merge=false     score with SSync's redundant slots merged
   baselines=true  print the baselines beside the model
   device=auto     auto | cpu | cuda
   out=FILE        where the scores are written as JSON (default: RUN_FOLDER/evaluation.json)
@@ -50,12 +51,17 @@ class Evaluation:
 
 def evaluate_model(model: VideoSlotModel, loader: VideoLoader, config: RunConfig, num_pictures: int = 0) -> Evaluation:
     """Score a model's object and attention maps. Collective: every rank calls it with its own loader."""
+    from trainer.objective.ssync import select
+
     gallery: list[tuple[int, GalleryItem]] = []
 
     def predict(batch: ClipBatch) -> dict[str, Tensor]:
         output = _segment(model, batch, config)
         size = mask_size(config, batch)
         labels = {name: _labels(getattr(output, f"{name}_maps")()[0].float(), batch.grid, size) for name in config.evaluate.maps}
+        if config.evaluate.merge:
+            chosen = select(output.attn_logits, output.object_logits, output.grid, config.objective.ssync)
+            labels = {name: chosen.slot_map[0][value.long()] for name, value in labels.items()}
         if batch.num_real and batch.sample_ids[0] < num_pictures:
             gallery.append((batch.sample_ids[0], _picture(output, batch, config)))
         return labels
@@ -214,7 +220,7 @@ def evaluate_run(settings: EvaluationConfig) -> int:
         val_split=settings.split or config.data.val_split,
         val_limit=settings.limit if settings.limit is not None else config.data.val_limit,
     )
-    config = replace(config, data=data, evaluate=replace(config.evaluate, maps=settings.maps))
+    config = replace(config, data=data, evaluate=replace(config.evaluate, maps=settings.maps, merge=settings.merge))
     device, world = choose_device(settings.device), distributed.world_from_environment()
     distributed.start(device, config.parallel.timeout_s)
     found = _choose_checkpoint(run, settings.step, device)

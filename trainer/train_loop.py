@@ -123,12 +123,13 @@ class Training:
         """The last checkpoint, the scores beside their baselines, the report, and DONE."""
         config = self.config
         self._save()
+        result, baselines = None, {}
         if config.evaluate.at_end:
             result = self._evaluate(config.observe.report_videos if config.observe.report else 0)
             baselines = self._baselines() if config.evaluate.baselines else {}
-            self.observer.finished(self.step, result, baselines)
         if self.world.rank == 0:
             write_atomically(self.run / "DONE", f"step {self.step}\n")
+        self.observer.finished(self.step, result, baselines)
         distributed.barrier()
         return DONE
 

@@ -47,7 +47,7 @@ class YtvisVideos:
         if root is None:
             raise ConfigError("root=null; source ytvis reads a folder with instances.json and JPEGImages; add root=FOLDER")
         self.root = Path(root)
-        self.num_validation = config.num_validation
+        self.num_validation, self.short_side = config.num_validation, config.short_side
         self._videos: dict[str, Video] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -73,6 +73,9 @@ class YtvisVideos:
         ids = None
         if video.annotations is not None:
             ids = draw_ids(video.annotations, frames.shape[:3], f"{annotation_file}, video {video.name}")
+        if self.short_side is not None:
+            frames = to_short_side(frames, self.short_side)
+            ids = None if ids is None else to_short_side(ids, self.short_side)
         metadata = {
             "video_name": video.name,
             "video_id": video.number,
@@ -134,6 +137,20 @@ def read_frames(paths: list[Path]) -> np.ndarray:
             here, first = frames[-1].shape, frames[0].shape
             raise DataError(f"{path}: {here[1]}x{here[0]}, the video's first frame {first[1]}x{first[0]}; all must have one size")
     return np.stack(frames)
+
+
+def to_short_side(frames: np.ndarray, size: int) -> np.ndarray:
+    """(T, H, W, ...) with the shorter of H and W brought to `size`, each pixel taking the value under its centre (nearest-exact).
+
+    Source: SlotContrast, released conversion of YouTube-VIS. The long side is rounded down.
+    """
+    height, width = frames.shape[1:3]
+    short = min(height, width)
+    rows, columns = (
+        np.minimum(((np.arange(old * size // short) + 0.5) * old / (old * size // short)).astype(np.int64), old - 1)
+        for old in (height, width)
+    )
+    return frames[:, rows][:, :, columns]
 
 
 def _decode_jpeg(data: bytes) -> np.ndarray:

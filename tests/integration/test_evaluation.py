@@ -9,12 +9,14 @@ import pytest
 from tests.integration.ranks import finish, start_ranks
 from tests.integration.tiny_run import arguments, lines, make_shards
 
+MERGE_ALL = "objective.ssync.merge.threshold=-1"  # any two slots overlap by more than that
+
 
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory):
     root = tmp_path_factory.mktemp("evaluation")
     data = make_shards(root / "data")
-    codes = finish(start_ranks(1, arguments(data, root / "runs", "run", "optim.max_steps=3"), root / "logs"))
+    codes = finish(start_ranks(1, arguments(data, root / "runs", "run", "optim.max_steps=3", MERGE_ALL), root / "logs"))
     assert codes == [0], (root / "logs" / "rank0.err").read_text()[-2000:]
     return root
 
@@ -40,6 +42,14 @@ def test_any_number_of_ranks_gives_the_same_scores(begun):
 def test_an_older_checkpoint_and_fewer_videos(begun):
     found = evaluate(begun, 1, "step=2", "limit=2", "maps=[attn]", "baselines=false")
     assert (found["step"], found["videos"], found["baselines"]) == (2, 2, {})
+
+
+def test_merged_slots_are_one_segment(begun):
+    """With every slot merged there is one label, which says nothing about the objects; unmerged labels say something."""
+    plain = evaluate(begun, 1, "baselines=false")["scores"]
+    merged = evaluate(begun, 1, "baselines=false", "merge=true")["scores"]
+    assert merged["video_fg_ari"] == pytest.approx(0, abs=1e-12) and merged["attn_video_fg_ari"] == pytest.approx(0, abs=1e-12)
+    assert plain["video_fg_ari"] != 0 and plain["video_mbo"] != merged["video_mbo"]
 
 
 def test_a_step_without_checkpoint_names_those_that_are_there(begun):

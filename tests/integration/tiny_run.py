@@ -30,7 +30,7 @@ def arguments(data: Path, runs: Path, name: str, *more: str) -> list[str]:
         "optim.warmup_steps": 2, "optim.decay_steps": 20, "runs": runs, "name": name, "observe.log_every": 1,
         "checkpoint.every_steps": 1, "checkpoint.keep": 2, "evaluate.every_steps": 0, "evaluate.at_end": "false",
         "observe.record_order": "true",
-        "observe.metrics": "false",
+        "observe.metrics": "false", "observe.report": "false",
     }  # fmt: skip
     names = {item.split("=")[0] for item in more}
     return ["-m", "trainer.main", *(f"{key}={value}" for key, value in fixed.items() if key not in names), *more]

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -20,7 +21,7 @@ from pycocotools import mask as coco
 from data_pipeline.config import YtvisSource
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.sources import build_source
-from data_pipeline.sources.ytvis import YtvisVideos, decode_rle
+from data_pipeline.sources.ytvis import YtvisVideos, decode_rle, to_short_side
 
 TREE = Path(__file__).resolve().parents[1] / "data" / "ytvis_tiny"
 EXPECTED = json.loads((TREE / "expected.json").read_text())["videos"]
@@ -261,3 +262,24 @@ def test_missing_roots_and_splits_are_named(tmp_path):
         build_source(YtvisSource(), None)
     with pytest.raises(ConfigError, match="source.num_validation=-1"):
         YtvisSource(num_validation=-1)
+
+
+@pytest.mark.parametrize(("size", "short_side"), [((60, 80), 320), ((96, 128), 48), ((128, 96), 100)])
+def test_short_side_takes_the_pixels_that_nearest_exact_takes(size, short_side):
+    frames = np.arange(2 * size[0] * size[1], dtype=np.uint16).reshape(2, *size)
+    made = to_short_side(frames, short_side)
+    scale = short_side / min(size)
+    wanted = torch.nn.functional.interpolate(
+        torch.from_numpy(frames.astype(np.float32))[None], size=[int(side * scale) for side in size], mode="nearest-exact"
+    )
+    assert min(made.shape[1:]) == short_side
+    assert np.array_equal(made, wanted[0].numpy().astype(np.uint16))
+
+
+def test_short_side_resizes_frames_and_ids_together():
+    plain = build_source(YtvisSource(num_validation=2), str(TREE))
+    small = build_source(YtvisSource(num_validation=2, short_side=30), str(TREE))
+    key = plain.keys("train")[0]
+    whole, clip = plain.read("train", key), small.read("train", key)
+    assert min(clip.frames.shape[1:3]) == 30 and clip.instance_ids.shape == clip.frames.shape[:3]
+    assert set(np.unique(clip.instance_ids)) <= set(np.unique(whole.instance_ids))

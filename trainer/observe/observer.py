@@ -40,6 +40,8 @@ class Observer:
         self.order: RunLog | None = None
         self.exporter = self._export() if config.observe.metrics else None
         self._skipped = 0
+        self._phases: dict[str, float] = {}  # seconds since the last log line
+        self._steps = 0
         self._heartbeat = time.monotonic()
 
     # -- told by the training loop ----------------------------------------------------------------------------------------
@@ -66,6 +68,9 @@ class Observer:
         """Update number `step` (1 is the first) was applied."""
         frames = batch.num_real * batch.features.shape[1]
         self.meter.update(self.config.optim.global_batch, self.config.optim.global_batch * batch.features.shape[1], wait_s)
+        self._steps += 1
+        for phase, seconds in report.seconds.items():
+            self._phases[phase] = self._phases.get(phase, 0.0) + seconds
         if self.order is not None:
             self.order.write(step, {"ids": list(batch.sample_ids[: batch.num_real])})
         if self.exporter is not None:
@@ -103,18 +108,13 @@ class Observer:
             self.console.note(f"step {step}: {', '.join(shown)} on {result.num_videos} videos ({seconds:.1f} s)")
         self.meter.restart()
 
-    def finished(self, step: int, result: Evaluation, baselines: Mapping[str, Mapping[str, float]]) -> None:
-        """The score table with its baselines, and the report."""
-        flat = {f"baseline/{name}/{key}": value for name, table in baselines.items() for key, value in table.items()}
-        if self.log is not None and flat:
-            self.log.write(step, flat)
-        scores = {f"metric/{name}": value for name, value in result.scores.items()}
+    def finished(self, step: int, result: Evaluation | None, baselines: Mapping[str, Mapping[str, float]]) -> None:
+        """The score table with its baselines, and the report. `result` is None where nothing was to be scored."""
         self.console.close()
-        self.console.score_table(
-            scores | flat, f"{self.run.name}: {result.num_videos} validation videos after {step} steps, in %"
-        )
+        if result is not None:
+            self._score_table(step, result, baselines)
         if self.is_main and self.config.observe.report:
-            self.console.note(f"report: {write_report(self.run, result.gallery)}")
+            self.console.note(f"report: {write_report(self.run, result.gallery if result else [])}")
 
     def preempted(self, step: int, kind: str) -> None:
         if self.exporter is not None:
@@ -140,6 +140,14 @@ class Observer:
 
     # -- inside -----------------------------------------------------------------------------------------------------------
 
+    def _score_table(self, step: int, result: Evaluation, baselines: Mapping[str, Mapping[str, float]]) -> None:
+        flat = {f"baseline/{name}/{key}": value for name, table in baselines.items() for key, value in table.items()}
+        if self.log is not None and flat:
+            self.log.write(step, flat)
+        scores = {f"metric/{name}": value for name, value in result.scores.items()}
+        title = f"{self.run.name}: {result.num_videos} validation videos after {step} steps, in %"
+        self.console.score_table(scores | flat, title)
+
     @property
     def _targets_file(self) -> Path:
         return self.run / "monitoring" / "targets.json"
@@ -150,6 +158,8 @@ class Observer:
         values = {f"loss/{name}": value for name, value in losses.items()}
         values |= {"optim/grad_norm": norm, "optim/lr": lr, "data/epoch": epoch, "data/skipped": self._skipped}
         values |= self.meter.report()
+        values |= {f"time/{phase}_ms": 1e3 * seconds / self._steps for phase, seconds in self._phases.items()}
+        self._phases, self._steps = {}, 0
         if self.log is not None:
             self.log.write(step, values)
         self.console.update(step, values)
