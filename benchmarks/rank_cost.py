@@ -100,7 +100,7 @@ def _rank(rounds: int, zero_stage: int) -> tuple[float, float]:
 
 
 if __name__ == "__main__":
-    from trainer.main import leave
+    from trainer.process import leave
 
     print(json.dumps(_rank(int(sys.argv[1]), int(sys.argv[2]))), flush=True)
     leave(0)

@@ -267,6 +267,6 @@ def _choose_checkpoint(run: Path, step: int | None, device: torch.device) -> Che
 
 
 if __name__ == "__main__":
-    from trainer.main import run_as_rank
+    from trainer.process import run_as_rank
 
     run_as_rank(main)

@@ -5,10 +5,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
-import traceback
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -46,10 +42,11 @@ def main(argv: list[str]) -> int:
 
 def _train(config: RunConfig, stop: StopRequest) -> int:
     from trainer import distributed, run_folder
+    from trainer.process import keep_freed_memory, set_threads
 
     world = distributed.world_from_environment()
-    _set_threads(config.parallel.threads)
-    _keep_freed_memory()
+    set_threads(config.parallel.threads)
+    keep_freed_memory()
     from trainer.engine import choose_device
     from trainer.step import NonFiniteLoss
     from trainer.train_loop import Training
@@ -85,51 +82,7 @@ def _prepare_folder(run: Path, config: RunConfig, attempt: int, is_main: bool) -
         raise ConfigError(refusal)
 
 
-def _set_threads(threads: int) -> None:
-    """parallel.threads, else OMP_NUM_THREADS as the launcher set it, else this rank's share of the usable cores."""
-    import torch
-
-    if not threads and "OMP_NUM_THREADS" not in os.environ:
-        threads = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    if threads:
-        torch.set_num_threads(threads)
-
-
-def _keep_freed_memory() -> None:
-    """Have glibc keep freed memory instead of giving it back: a CPU step frees and takes the same large tensors again and again,
-    and fresh pages cost a quarter of its time. No effect where there is no glibc."""
-    import ctypes
-
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        return
-    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-    mallopt(M_MMAP_MAX, 0)
-
-
-def leave(code: int) -> None:
-    """End this rank. Everything is written and closed by now: skip the interpreter's teardown, where gloo's threads now and then
-    abort a process that has done its work, which the launcher would take for a failure."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
-def run_as_rank(command: Callable[[list[str]], int | None]) -> None:
-    """Run a command to its end as one rank: every way out is an exit code, none goes through the interpreter's teardown."""
-    from data_pipeline.compose import run_command
-
-    code = 1
-    try:
-        code = run_command(command)
-    except SystemExit as request:
-        code = request.code if isinstance(request.code, int) else 1
-    except BaseException:
-        traceback.print_exc()
-    leave(code)
-
-
 if __name__ == "__main__":
+    from trainer.process import run_as_rank
+
     run_as_rank(main)

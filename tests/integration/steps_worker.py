@@ -21,9 +21,9 @@ from trainer.config import (
     SSyncConfig,
 )
 from trainer.engine import Engine
-from trainer.main import leave
 from trainer.model.network import VideoSlotModel
 from trainer.objective import Objective
+from trainer.process import leave
 from trainer.step import NonFiniteLoss, train_step
 
 FRAMES, GRID, WIDTH = 3, (3, 4), 10
