@@ -54,6 +54,20 @@ def build_video_loader(config: RunConfig, world: World) -> VideoLoader:
     return loader
 
 
+def check_validation(config: RunConfig, world: World, train: ShardDataset) -> None:
+    """Before a run begins: its validation shards are there, fit the model, and hold features of the very same extractor."""
+    loader = build_video_loader(config, world)
+    loader.close()
+    validation = loader.dataset
+    for name in ("fingerprint", "codec", "resize"):
+        here, there = train.index.features[name], validation.index.features[name]
+        if here != there:
+            raise ConfigError(
+                f"{name} of the features is {str(there)[:12]} in {validation.folder}, {str(here)[:12]} in {train.folder}; "
+                "both splits need the same; build them with one command"
+            )
+
+
 def real_per_rank(config: RunConfig, world: World) -> list[int]:
     """How many clips of each global batch a rank holds."""
     slices = [rank_slice(config.optim.global_batch, World(rank=rank, size=world.size)) for rank in range(world.size)]

@@ -11,7 +11,7 @@ from data_pipeline.errors import StateError
 from data_pipeline.files import write_atomically
 from data_pipeline.order import World
 from trainer import checkpoint, distributed, evaluate
-from trainer.build import build_clip_loader, build_model, build_objective, build_video_loader, real_per_rank
+from trainer.build import build_clip_loader, build_model, build_objective, build_video_loader, check_validation, real_per_rank
 from trainer.config import RunConfig
 from trainer.engine import Engine, choose_device
 from trainer.observe.observer import Observer
@@ -47,6 +47,8 @@ class Training:
             checkpoint.load_weights(model, found)
         self.step = found.state.step if found else 0
         self.loader = build_clip_loader(config, world, position=self.step * config.optim.global_batch)
+        if config.evaluate.at_end or config.evaluate.every_steps:
+            check_validation(config, world, self.loader.dataset)
         if found is not None:
             found.state.position.require_same_stream(self._state().position)
         num_parameters = sum(parameter.numel() for parameter in model.parameters())

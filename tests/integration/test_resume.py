@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from tests.integration.ranks import ROOT, finish, start_ranks
-from tests.integration.tiny_run import applied_ids, arguments, losses, make_shards, moments, weights
+from tests.integration.tiny_run import applied_ids, arguments, losses, make_shards, moments, weights, write_split
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +177,7 @@ def test_other_settings_in_a_begun_run_are_refused(begun, data, more, words):
         (["data.clip_len=99"], ["data.clip_len=99"]),
         (["parallel.device=cuda"], ["parallel.device=cuda", "cpu"]),
         (["evaluate.maps=[alpha]"], ["alpha", "object"]),
+        (["evaluate.at_end=true", "data.val_split=test"], ["test", "data.root"]),
     ],
 )
 def test_a_users_mistake_is_one_line(data, tmp_path, more, words):
@@ -211,3 +212,11 @@ def test_the_run_folder_explains_itself(begun):
     assert "optim.max_steps=3" in provenance["command"]
     assert (run / "config.yaml").is_file() and (run / "metrics.jsonl").is_file() and (run / "DONE").is_file()
     assert {path.name for path in (run / "checkpoints").glob("step_*")} == {"step_00000002", "step_00000003"}
+
+
+def test_validation_features_of_another_extractor_are_refused_before_the_first_step(tmp_path):
+    root = tmp_path / "data"
+    write_split(root, "train", frames=((4, 6), (8,)))
+    write_split(root, "validation", frames=((4,),), fingerprint="e" * 64)
+    result = single(root, tmp_path, "mixed", "evaluate.at_end=true")
+    assert_one_line(result, ["fingerprint", "eeeeeeeeeeee", "ffffffffffff", "one command"])
