@@ -38,7 +38,6 @@ def start(device: torch.device, timeout_s: int) -> None:
         dist.init_process_group(backend, timeout=timeout)
         return
     store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port), RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
     dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
 
 

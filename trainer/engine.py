@@ -209,6 +209,7 @@ class Engine:
 def _import_deepspeed(device: torch.device) -> Any:
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed refuses to start without it, also where there is one rank
     os.environ.pop("LOCAL_SIZE", None)  # would switch on a shared-memory all-reduce that several nodes on one host must not share
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
