@@ -12,14 +12,14 @@ import sys
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, OverrideParseException
-from omegaconf import MISSING, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data_pipeline.errors import ConfigError, DataError, StateError
@@ -125,11 +125,3 @@ def run_command(main: Callable[[list[str]], int | None], argv: Sequence[str] | N
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-
-
-def to_plain(config: Any) -> dict[str, Any]:
-    """A composed configuration as plain mappings, for config.yaml."""
-    return OmegaConf.to_container(OmegaConf.structured(config))  # type: ignore[return-value]
-
-
-__all__ = ["CONFIG_DIR", "MISSING", "compose", "keys_of", "run_command", "to_plain"]

@@ -50,13 +50,23 @@ class Evaluation:
 
 
 def evaluate_model(model: VideoSlotModel, loader: VideoLoader, config: RunConfig, num_pictures: int = 0) -> Evaluation:
-    """Score a model's object and attention maps. Collective: every rank calls it with its own loader."""
+    """Score a model's object and attention maps. Collective: every rank calls it with its own loader.
+
+    Beside the segmentation scores: used_slots, the share of slots that own a patch of the video, and map_agreement, the ARI
+    between attention and object labels over its patches; both are means over videos.
+    """
+    from trainer import distributed
+    from trainer.metrics.diagnostics import label_agreement, used_slots
     from trainer.objective.ssync import select
 
     gallery: list[tuple[int, GalleryItem]] = []
+    diagnosed: list[tuple[float, float]] = []
 
     def predict(batch: ClipBatch) -> dict[str, Tensor]:
         output = _segment(model, batch, config)
+        if batch.num_real:
+            objects, attended = output.object_logits[0].argmax(1), output.attn_logits[0].argmax(1)
+            diagnosed.append((used_slots(objects, config.model.num_slots), label_agreement(attended, objects)))
         size = mask_size(config, batch)
         labels = {name: _labels(getattr(output, f"{name}_maps")()[0].float(), batch.grid, size) for name in config.evaluate.maps}
         if config.evaluate.merge:
@@ -67,6 +77,9 @@ def evaluate_model(model: VideoSlotModel, loader: VideoLoader, config: RunConfig
         return labels
 
     scores, per_video = score(predict, loader, config, config.evaluate.maps)
+    found = [values for part in distributed.gather_objects(diagnosed) for values in part]
+    if found:
+        scores["used_slots"], scores["map_agreement"] = (sum(values) / len(found) for values in zip(*found, strict=True))
     return Evaluation(scores=scores, gallery=_gather_gallery(gallery, per_video), num_videos=len(per_video))
 
 

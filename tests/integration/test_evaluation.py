@@ -32,6 +32,7 @@ def test_any_number_of_ranks_gives_the_same_scores(begun):
     """Three videos of 5, 3 and 4 frames on 1, 2 and 4 ranks: none lost, none counted twice."""
     one = evaluate(begun, 1)
     assert one["videos"] == 3 and set(one["baselines"]) == {"untrained", "grid", "k_means", "patch_ceiling"}
+    assert 0 < one["scores"]["used_slots"] <= 1 and -1 <= one["scores"]["map_agreement"] <= 1
     for world in (2, 4):
         other = evaluate(begun, world)
         assert other["scores"] == pytest.approx(one["scores"], abs=1e-12)
