@@ -26,13 +26,13 @@ from trainer.objective import Objective
 from trainer.process import leave
 from trainer.step import NonFiniteLoss, train_step
 
-FRAMES, GRID, WIDTH = 3, (3, 4), 10
+GRID, WIDTH = (3, 4), 10
 
 
-def batch_of(step: int, world: World, global_batch: int, accumulation: int, poison: int | None) -> ClipBatch:
+def batch_of(step: int, world: World, global_batch: int, accumulation: int, frames: int, poison: int | None) -> ClipBatch:
     """This rank's share of the step's global batch, padded as the loader pads."""
     random = torch.Generator().manual_seed(100 + step)
-    features = torch.randn(global_batch, FRAMES, GRID[0] * GRID[1], WIDTH, generator=random)
+    features = torch.randn(global_batch, frames, GRID[0] * GRID[1], WIDTH, generator=random)
     if poison is not None:
         features[poison] = float("nan")
     start, stop = rank_slice(global_batch, world)
@@ -82,7 +82,7 @@ def main(options: dict) -> dict:
         poison = options.get("poison") if step == options["steps"] - 1 else None
         before = engine.weights() if poison is not None else None
         try:
-            batch = batch_of(step, world, count, options["accumulation"], poison)
+            batch = batch_of(step, world, count, options["accumulation"], options.get("frames", 3), poison)
             report = train_step(engine, objective, batch, real, step, lr=1e-2, stop=world.rank == options.get("stop_rank"))
         except NonFiniteLoss as error:
             after = engine.weights()

@@ -57,6 +57,13 @@ def test_more_ranks_than_clips(tmp_path):
     assert_same(three_steps(tmp_path, world=1, global_batch=2), three_steps(tmp_path, world=3, global_batch=2))
 
 
+def test_images_are_clips_of_one_frame(tmp_path):
+    """The predictor gets no gradient then, and slot contrast has nothing to compare."""
+    one, two = three_steps(tmp_path, 1, frames=1), three_steps(tmp_path, 2, frames=1)
+    assert [report["terms"]["slot_contrast"] for report in one["reports"]] == [0, 0, 0]
+    assert_same(one, two)
+
+
 def test_video_scope_needs_no_other_rank(tmp_path):
     assert_same(three_steps(tmp_path, 1, scope="video"), three_steps(tmp_path, 2, scope="video"))
 
