@@ -101,7 +101,7 @@ def save(root: Path, engine: Engine, state: TrainState, keep: int, report: Calla
     return outcome
 
 
-def load_newest(root: Path, device: torch.device, report: Callable[[str], None]) -> Checkpoint | None:
+def load_newest(root: Path, report: Callable[[str], None]) -> Checkpoint | None:
     """The newest checkpoint that every rank could verify; None when there is no candidate at all. Collective.
 
     Raises StateError when candidates exist and none verifies: starting again from nothing would hide the loss.
@@ -110,7 +110,7 @@ def load_newest(root: Path, device: torch.device, report: Callable[[str], None])
     refused = []
     for name in names:
         reason = problem(root / name)
-        if distributed.agree(not reason, device):
+        if distributed.agree(not reason):
             return read(root / name)
         reason = next((text for text in distributed.gather_objects(reason) if text), "")
         refused.append(f"{name}: {reason}")

@@ -68,8 +68,9 @@ def gather_clips(slots: Tensor, padded: int) -> Tensor:
     return torch.stack(parts)
 
 
-def agree(yes: bool, device: torch.device) -> bool:
+def agree(yes: bool) -> bool:
     """True when every rank says yes."""
+    device = "cuda" if dist.is_initialized() and dist.get_backend() == "nccl" else "cpu"
     no_votes = all_sum(torch.tensor([0.0 if yes else 1.0], device=device))
     return bool(no_votes.item() == 0)
 

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pathlib import Path
 
-    import torch
     from torch import Tensor
 
     from data_pipeline.batch import ClipBatch
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
     from trainer.model.network import VideoSlotModel
     from trainer.model.outputs import ModelOutput
     from trainer.observe.render import GalleryItem
+    from trainer.preemption import StopRequest
 
 HELP = """python -m trainer.evaluate run=RUN_FOLDER [key=value ...]
 
@@ -49,11 +49,14 @@ class Evaluation:
     num_videos: int
 
 
-def evaluate_model(model: VideoSlotModel, loader: VideoLoader, config: RunConfig, num_pictures: int = 0) -> Evaluation:
+def evaluate_model(
+    model: VideoSlotModel, loader: VideoLoader, config: RunConfig, num_pictures: int = 0, stop: StopRequest | None = None
+) -> Evaluation:
     """Score a model's object and attention maps. Collective: every rank calls it with its own loader.
 
     Beside the segmentation scores: used_slots, the share of slots that own a patch of the video, and map_agreement, the ARI
     between attention and object labels over its patches; both are means over videos.
+    Raises Interrupted on all ranks between two videos once `stop` came to one of them.
     """
     from trainer import distributed
     from trainer.metrics.diagnostics import label_agreement, used_slots
@@ -76,14 +79,16 @@ def evaluate_model(model: VideoSlotModel, loader: VideoLoader, config: RunConfig
             gallery.append((batch.sample_ids[0], _picture(output, batch, config)))
         return labels
 
-    scores, per_video = score(predict, loader, config, config.evaluate.maps)
+    scores, per_video = score(predict, loader, config, config.evaluate.maps, stop)
     found = [values for part in distributed.gather_objects(diagnosed) for values in part]
     if found:
         scores["used_slots"], scores["map_agreement"] = (sum(values) / len(found) for values in zip(*found, strict=True))
     return Evaluation(scores=scores, gallery=_gather_gallery(gallery, per_video), num_videos=len(per_video))
 
 
-def evaluate_baselines(loader: VideoLoader, config: RunConfig, untrained: VideoSlotModel) -> dict[str, dict[str, float]]:
+def evaluate_baselines(
+    loader: VideoLoader, config: RunConfig, untrained: VideoSlotModel, stop: StopRequest | None = None
+) -> dict[str, dict[str, float]]:
     """What a number means: an untrained model, a grid of blocks, k-means on the same features, the ceiling of the patch grid.
 
     Collective.
@@ -107,7 +112,7 @@ def evaluate_baselines(loader: VideoLoader, config: RunConfig, untrained: VideoS
         return {"untrained": _labels(output.object_maps()[0].float(), batch.grid, size), **labels}
 
     names = ["untrained", "grid", "k_means", "patch_ceiling"]
-    scores, _ = score(predict, loader, config, names)
+    scores, _ = score(predict, loader, config, names, stop)
     tables: dict[str, dict[str, float]] = {name: {} for name in names}
     for key, value in scores.items():
         name = next((name for name in names[1:] if key.startswith(name + "_")), names[0])
@@ -116,16 +121,23 @@ def evaluate_baselines(loader: VideoLoader, config: RunConfig, untrained: VideoS
 
 
 def score(
-    predict: Callable[[ClipBatch], Mapping[str, Tensor]], loader: VideoLoader, config: RunConfig, names: list[str]
+    predict: Callable[[ClipBatch], Mapping[str, Tensor]],
+    loader: VideoLoader,
+    config: RunConfig,
+    names: list[str],
+    stop: StopRequest | None = None,
 ) -> tuple[dict[str, float], dict[int, dict[str, float | None]]]:
     """Scores of every named prediction over all ranks, and each video's own scores of the first name. Collective."""
     from trainer import distributed
     from trainer.metrics.segmentation import SegmentationScores, resize_ids
+    from trainer.preemption import Interrupted
 
     rules = (config.evaluate.empty_foreground, loader.dataset.index.background_labelled)
     tables = {name: SegmentationScores(*rules) for name in names}
     per_video: dict[int, dict[str, float | None]] = {}
     for batch in loader:
+        if stop is not None and not distributed.agree(not stop.requested):
+            raise Interrupted
         labels = predict(batch)  # also for padding, so that all ranks make the same calls
         if not batch.num_real:
             continue
@@ -236,7 +248,7 @@ def evaluate_run(settings: EvaluationConfig) -> int:
     config = replace(config, data=data, evaluate=replace(config.evaluate, maps=settings.maps, merge=settings.merge))
     device, world = choose_device(settings.device), distributed.world_from_environment()
     distributed.start(device, config.parallel.timeout_s)
-    found = _choose_checkpoint(run, settings.step, device)
+    found = _choose_checkpoint(run, settings.step)
     model = build_model(config.model, config.seed).to(device)
     untrained = build_model(config.model, config.seed).to(device)
     checkpoint.load_weights(model, found)
@@ -261,13 +273,13 @@ def evaluate_run(settings: EvaluationConfig) -> int:
     return 0
 
 
-def _choose_checkpoint(run: Path, step: int | None, device: torch.device) -> Checkpoint:
+def _choose_checkpoint(run: Path, step: int | None) -> Checkpoint:
     from data_pipeline.errors import ConfigError
     from trainer import checkpoint
 
     root = run / "checkpoints"
     if step is None:
-        found = checkpoint.load_newest(root, device, report=print)
+        found = checkpoint.load_newest(root, report=print)
         if found is None:
             raise ConfigError(f"run={run}; it has no checkpoint yet; train it first, or name another run folder")
         return found

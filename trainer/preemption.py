@@ -9,6 +9,10 @@ from types import FrameType
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 
 
+class Interrupted(Exception):
+    """All ranks left what they were doing, because one was asked to stop."""
+
+
 class StopRequest:
     """`requested` turns true once SIGTERM, SIGUSR2 or SIGINT came. No handler is installed outside the main thread."""
 

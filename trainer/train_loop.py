@@ -15,7 +15,7 @@ from trainer.build import build_clip_loader, build_model, build_objective, build
 from trainer.config import RunConfig
 from trainer.engine import Engine, choose_device
 from trainer.observe.observer import Observer
-from trainer.preemption import StopRequest
+from trainer.preemption import Interrupted, StopRequest
 from trainer.schedule import SCHEDULES
 from trainer.state import TrainState
 from trainer.step import Clock, train_step
@@ -41,7 +41,7 @@ class Training:
     def _begin(self) -> None:
         """The newest checkpoint that verifies, or a new model; the data stream from there."""
         config, world = self.config, self.world
-        found = checkpoint.load_newest(self.checkpoints, self.device, self.observer.verify_failed)
+        found = checkpoint.load_newest(self.checkpoints, self.observer.verify_failed)
         model = build_model(config.model, config.seed)
         if found is not None:
             checkpoint.load_weights(model, found)
@@ -62,6 +62,12 @@ class Training:
 
     def run_to_end(self) -> int:
         """Train to optim.max_steps, evaluate, report. Returns the exit code: 0 done, 75 stopped on request after a checkpoint."""
+        try:
+            return self._train()
+        except Interrupted:
+            return self._stop_early()
+
+    def _train(self) -> int:
         config = self.config
         shares = real_per_rank(config, self.world)
         schedule = SCHEDULES[config.optim.schedule]
@@ -76,10 +82,10 @@ class Training:
             self.observer.stepped(self.step, report, batch, waited.seconds["data"], lr, self.engine, self.loader)
             if report.stop:
                 return self._stop_early()
-            if self._due(config.evaluate.every_steps) and self.step < config.optim.max_steps:
-                self._evaluate()
             if self._due(config.checkpoint.every_steps):
                 self._save()
+            if self._due(config.evaluate.every_steps) and self.step < config.optim.max_steps:
+                self._evaluate()
         return self._finish()
 
     def close(self) -> None:
@@ -117,7 +123,7 @@ class Training:
         began = time.perf_counter()
         model = self.engine.plain_model(lambda: build_model(self.config.model, self.config.seed))
         loader = build_video_loader(self.config, self.world)
-        result = evaluate.evaluate_model(model, loader, self.config, num_pictures)
+        result = evaluate.evaluate_model(model, loader, self.config, num_pictures, self.stop)
         self.observer.evaluated(self.step, result, time.perf_counter() - began)
         return result
 
@@ -137,4 +143,4 @@ class Training:
 
     def _baselines(self) -> dict[str, dict[str, float]]:
         untrained = build_model(self.config.model, self.config.seed).to(self.device)
-        return evaluate.evaluate_baselines(build_video_loader(self.config, self.world), self.config, untrained)
+        return evaluate.evaluate_baselines(build_video_loader(self.config, self.world), self.config, untrained, self.stop)

@@ -62,6 +62,19 @@ def test_stop_at_five_and_go_on(whole, data, tmp_path):
     assert_same_end(runs, world, "stopped")
 
 
+def test_a_stop_request_ends_the_last_evaluation_too(whole, data, tmp_path):
+    """Scoring at 3000 pixels takes long; all ranks leave it between two videos, and the next attempt does it from the start."""
+    world, runs = whole
+    more = ["evaluate.at_end=true", "evaluate.mask_size=3000", "evaluate.baselines=false"]
+    processes = start_ranks(world, arguments(data, runs, "scoring", *more), tmp_path)
+    wait_for_step(runs / "scoring", 10, processes)
+    processes[0].send_signal(signal.SIGTERM)
+    assert finish(processes) == [75] * world
+    assert not (runs / "scoring" / "DONE").exists()
+    run_to_end(world, data, runs, "scoring", tmp_path / "again", "evaluate.at_end=true", "evaluate.baselines=false")
+    assert_same_end(runs, world, "scoring")
+
+
 def test_five_and_five_equal_ten(whole, data, tmp_path):
     world, runs = whole
     run_to_end(world, data, runs, "halves", tmp_path / "a", "checkpoint.every_steps=5")

@@ -62,7 +62,7 @@ def steps(root) -> list[int]:
 
 
 def test_a_resumed_engine_goes_on_bit_for_bit(engine, root):
-    found = checkpoint.load_newest(root, CPU, print)
+    found = checkpoint.load_newest(root, print)
     assert found.state == state(30)
     twin = make_engine(adam=found.adam, weights=found.weights)
     for name, value in engine.weights().items():
@@ -123,7 +123,7 @@ def test_a_damaged_newest_is_passed_over_and_reported(root, damage):
     else:
         (folder / "state.json").unlink()
     said: list[str] = []
-    found = checkpoint.load_newest(root, CPU, said.append)
+    found = checkpoint.load_newest(root, said.append)
     assert found.state.step == 20
     assert len(said) == 1 and "step_00000030" in said[0]
 
@@ -132,12 +132,12 @@ def test_nothing_that_verifies_is_an_error_and_nothing_is_touched(root):
     for path in checkpoint.candidates(root):
         (path / "model.safetensors").write_bytes(b"no tensors")
     with pytest.raises(StateError, match="none of 3 checkpoints"):
-        checkpoint.load_newest(root, CPU, lambda text: None)
+        checkpoint.load_newest(root, lambda text: None)
     assert steps(root) == [30, 20, 10]
 
 
 def test_no_candidate_is_a_first_start(engine, tmp_path):
-    assert checkpoint.load_newest(tmp_path / "nothing", CPU, print) is None
+    assert checkpoint.load_newest(tmp_path / "nothing", print) is None
 
 
 def test_a_damaged_folder_of_the_same_step_is_set_aside_not_overwritten(engine, root):
