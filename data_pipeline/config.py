@@ -53,6 +53,33 @@ class YtvisSource(SourceConfig):
 
 
 @dataclass(kw_only=True)
+class DavisSource(SourceConfig):
+    """DAVIS 2017 at 480p: JPEGImages/, palette PNGs and ImageSets/."""
+
+    name: str = "davis"
+    image_size: int = 518
+    resize: str = "crop"
+    train_views: list[str] = field(default_factory=lambda: ["center", "crop0", "crop1"])
+    annotations: str = "unsupervised"  # unsupervised: every salient object; semi: the objects of the semi-supervised task
+
+    def __post_init__(self) -> None:
+        SourceConfig.__post_init__(self)
+        check_choice("source.annotations", self.annotations, ("unsupervised", "semi"))
+
+
+@dataclass(kw_only=True)
+class CocoSource(SourceConfig):
+    """COCO 2017: images, each a clip of one frame."""
+
+    name: str = "coco"
+    image_size: int = 224
+    resize: str = "crop"
+    train_views: list[str] = field(
+        default_factory=lambda: ["center", "center+hflip", "crop0", "crop0+hflip", "crop1", "crop1+hflip"]
+    )
+
+
+@dataclass(kw_only=True)
 class SyntheticSource(SourceConfig):
     """Generated clips: textured objects that move, occlude and leave; exact masks; nothing is read from disk."""
 

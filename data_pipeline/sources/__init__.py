@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from data_pipeline.clip import Clip
-from data_pipeline.config import MoviSource, SourceConfig, SyntheticSource, YtvisSource
+from data_pipeline.config import CocoSource, DavisSource, MoviSource, SourceConfig, SyntheticSource, YtvisSource
 from data_pipeline.errors import ConfigError, unknown_name
 
 
@@ -44,6 +44,22 @@ def _ytvis(config: SourceConfig, root: str | None) -> Source:
     return YtvisVideos(config, root)
 
 
+def _davis(config: SourceConfig, root: str | None) -> Source:
+    from data_pipeline.sources.davis import DavisVideos
+
+    if not isinstance(config, DavisSource):
+        raise _wrong_schema(config, DavisSource)
+    return DavisVideos(config, root)
+
+
+def _coco(config: SourceConfig, root: str | None) -> Source:
+    from data_pipeline.sources.coco import CocoImages
+
+    if not isinstance(config, CocoSource):
+        raise _wrong_schema(config, CocoSource)
+    return CocoImages(config, root)
+
+
 def _synthetic(config: SourceConfig, root: str | None) -> Source:
     from data_pipeline.sources.synthetic import SyntheticVideos
 
@@ -59,12 +75,20 @@ def _wrong_schema(config: SourceConfig, wanted: type) -> ConfigError:
     )
 
 
-SOURCES: dict[str, Callable[[SourceConfig, str | None], Source]] = {"movi": _movi, "ytvis": _ytvis, "synthetic": _synthetic}
+SOURCES: dict[str, Callable[[SourceConfig, str | None], Source]] = {
+    "movi": _movi,
+    "ytvis": _ytvis,
+    "davis": _davis,
+    "coco": _coco,
+    "synthetic": _synthetic,
+}
 
 # "group/name" -> dataclass, for data_pipeline.compose: what a file in configs/source names first in its defaults.
 GROUP_SCHEMAS: Mapping[str, type] = {
     "source/movi_schema": MoviSource,
     "source/ytvis_schema": YtvisSource,
+    "source/davis_schema": DavisSource,
+    "source/coco_schema": CocoSource,
     "source/synthetic_schema": SyntheticSource,
 }
 

@@ -21,11 +21,12 @@ from data_pipeline.clip import Clip
 from data_pipeline.config import YtvisSource
 from data_pipeline.errors import ConfigError, DataError
 
-# (annotations, frames) below root: a split's own folder, the 2021 archive, the 2019 archive
+# (annotations, frames) below root: a split's own folder, the 2021 archive, the 2019 archive, OVIS
 LAYOUTS = (
     ("instances.json", "JPEGImages"),
     ("train/instances.json", "train/JPEGImages"),
     ("train.json", "train/JPEGImages"),
+    ("annotations_train.json", "train"),
 )
 
 
@@ -121,7 +122,7 @@ def load_videos(path: Path) -> dict[str, Video]:
     numbers = Counter(video.number for video in videos)
     if numbers and max(numbers.values()) > 1:
         raise DataError(f"{path}: video id={numbers.most_common(1)[0][0]} occurs twice; ids must differ; copy it again")
-    return dict(zip(_unique_keys(videos), videos, strict=True))
+    return dict(zip(unique_keys(videos), videos, strict=True))
 
 
 def read_frames(paths: list[Path]) -> np.ndarray:
@@ -253,7 +254,7 @@ def _video(item: dict[str, Any], annotations: dict[int, list[dict[str, Any]]] | 
     return Video(number, name if name != "." else str(number), file_names, own)
 
 
-def _unique_keys(videos: list[Video]) -> list[str]:
+def unique_keys(videos: list[Video]) -> list[str]:
     """Folder names as sample keys; a name that had to be changed, or that two videos share, gets the video id behind it."""
     plain = [re.sub(r"[^A-Za-z0-9_-]", "_", video.name) for video in videos]
     times = Counter(plain)

@@ -327,7 +327,8 @@ def test_every_member_of_the_source_group_composes(member, values):
 
 def test_no_file_of_the_source_group_is_forgotten():
     folder = Path(__file__).resolve().parents[2] / "configs" / "source"
-    assert {path.stem for path in folder.glob("*.yaml")} == {"movi", "movi_c", "movi_e", "ytvis", "ytvis2021", "synthetic"}
+    known = {"movi", "movi_c", "movi_e", "ytvis", "ytvis2021", "synthetic", "davis2017", "ovis", "coco2017"}
+    assert {path.stem for path in folder.glob("*.yaml")} == known
 
 
 def test_an_unknown_source_lists_the_known_ones():
