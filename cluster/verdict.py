@@ -81,7 +81,7 @@ def judge(
         return Verdict(exit_code=cause.code, outcome="failed", **_blame(cause, ordered, started), **common)
     saved = any(item.code == REQUEUE for item in ordered)
     clean = all(item.code in (0, REQUEUE) for item in ordered)
-    if stop_reason == "interrupted":
+    if stop_reason == "interrupted" and not (done_file and ordered and all(item.code == 0 for item in ordered)):
         return Verdict(exit_code=INTERRUPTED, outcome="interrupted", **common)
     if saved and (clean or stop_reason is None):
         return Verdict(exit_code=REQUEUE, outcome="requeue", **common)

@@ -18,6 +18,7 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -36,6 +37,7 @@ def compose(
     `group_schemas` maps "group/name" (used as "<name>" in a group file's defaults) to the dataclass of that member.
     Raises ConfigError: one line that names the key, the rule and the nearest valid name.
     """
+    _refuse_additions(overrides)
     store = ConfigStore.instance()
     store.store(name=f"{config_name}_schema", node=schema)
     for path, node in (group_schemas or {}).items():
@@ -51,6 +53,13 @@ def compose(
         return OmegaConf.to_object(config)  # type: ignore[return-value]
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(error, schema, overrides)) from None
+
+
+def _refuse_additions(overrides: Sequence[str]) -> None:
+    """Hydra's own +key, ~key and hydra.* would get past the schema, and do nothing here."""
+    for override in overrides:
+        if override.startswith(("+", "~", "hydra.", "hydra/")):
+            raise ConfigError(f"{override!r} is not a setting; settings are key=value with a key of the schema; drop the prefix")
 
 
 def keys_of(schema: type, prefix: str = "") -> list[str]:
@@ -104,12 +113,20 @@ def _explain(error: Exception, schema: type, overrides: Sequence[str]) -> str:
         return f"{Path(wanted).parent}={Path(wanted).name} does not exist; choose one of {', '.join(names)}{hint}"
     value = next((over.split("=", 1)[1] for over in overrides if over.lstrip("+~").split("=", 1)[0] == key and "=" in over), None)
     if any(isinstance(item, OverrideParseException) for item in chain):
-        bad = next((over for over in overrides if "=" not in over), None) or " ".join(overrides)
+        bad = next((over for over in overrides if not _can_be_read(over)), " ".join(overrides))
         return f"{bad!r} cannot be read as a setting; settings are key=value; quote values with special characters"
     reason = next((text.splitlines()[0] for text in reversed(texts) if text.strip()), "refused")
     reason = reason.replace("Value '$VALUE' of type '$VALUE_TYPE'", "the value").replace("$FULL_KEY", key)
     shown = f"{key}={value}" if key and value is not None else key or "the configuration"
     return f"{shown}: {reason}; change the value"
+
+
+def _can_be_read(override: str) -> bool:
+    try:
+        OverridesParser.create().parse_override(override)
+    except HydraException:
+        return False
+    return True
 
 
 def run_command(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> int:
@@ -118,6 +135,12 @@ def run_command(main: Callable[[list[str]], int | None], argv: Sequence[str] | N
         return int(main(list(sys.argv[1:] if argv is None else argv)) or 0)
     except (ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        print(
+            f"error: {error.strerror or error}{where}; check that the place exists, can be written and has room", file=sys.stderr
+        )
         return 2
     except StateError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
-from data_pipeline.errors import ConfigError, check_at_least, check_choice
+from data_pipeline.errors import ConfigError, check_at_least, check_choice, check_distinct, check_path, check_share
 
 RESIZE_RULES = ("stretch", "crop")
 DIFFICULTIES = ("easy", "movi_c", "movi_e")
@@ -24,6 +24,7 @@ class SourceConfig:
     def __post_init__(self) -> None:
         check_choice("source.resize", self.resize, RESIZE_RULES)
         check_at_least("source.image_size", self.image_size, 1)
+        check_distinct("source.train_views", self.train_views)
 
 
 @dataclass(kw_only=True)
@@ -113,6 +114,7 @@ class FeaturesConfig:
 
     def __post_init__(self) -> None:
         check_choice("features.precision", self.precision, ("float32", "bfloat16"))
+        check_at_least("features.batch_frames", self.batch_frames, 1)
 
 
 @dataclass(kw_only=True)
@@ -148,12 +150,17 @@ class BuildConfig:
     overwrite: bool = False  # False: go on with what is there
 
     def __post_init__(self) -> None:
+        check_path("out", self.out)
+        check_path("root", self.root)
+        check_distinct("splits", self.splits)
         check_at_least("samples_per_shard", self.samples_per_shard, 1)
+        check_at_least("workers", self.workers, 0)
+        if self.limit is not None:
+            check_at_least("limit", self.limit, 1)
+        if not 1 <= self.jpeg_quality <= 100:
+            raise ConfigError(f"jpeg_quality={self.jpeg_quality}; a number from 1 to 100 is needed; 95 is the default")
         check_choice("frames", self.frames, ("jpeg", "png", "none"))
-        if not 0 <= self.max_skip_fraction < 1:
-            raise ConfigError(
-                f"max_skip_fraction={self.max_skip_fraction}; a share in [0, 1) is needed; change max_skip_fraction"
-            )
+        check_share("max_skip_fraction", self.max_skip_fraction)
 
 
 @dataclass(kw_only=True)
@@ -175,8 +182,9 @@ class DataConfig:
     max_skip_fraction: float = 0.001  # share of damaged samples that is replaced and counted before the run stops
 
     def __post_init__(self) -> None:
+        check_path("data.root", self.root)
+        check_share("data.max_skip_fraction", self.max_skip_fraction)
         check_at_least("data.clip_len", self.clip_len, 1)
         check_at_least("data.read_threads", self.read_threads, 1)
         check_at_least("data.prefetch_steps", self.prefetch_steps, 1)
-        if not self.views:
-            raise ConfigError("data.views=[]; at least one stored view is needed; for example data.views=[center]")
+        check_distinct("data.views", self.views)

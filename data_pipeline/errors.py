@@ -36,5 +36,24 @@ def check_choice(key: str, value: str, known: Iterable[str]) -> None:
 
 def check_at_least(key: str, value: float, least: float) -> None:
     """Raise ConfigError unless `value` >= `least`."""
-    if not value >= least:
-        raise ConfigError(f"{key}={value}; it must be at least {least}; change {key}")
+    if not least <= value < float("inf"):
+        raise ConfigError(f"{key}={value}; it must be at least {least} and finite; change {key}")
+
+
+def check_distinct(key: str, values: list[str]) -> None:
+    """Raise ConfigError unless there are values, each once."""
+    if not values or len(set(values)) != len(values):
+        shown = str(values).replace("'", "").replace(" ", "")
+        raise ConfigError(f"{key}={shown}; at least one is needed, each once; change {key}")
+
+
+def check_share(key: str, value: float) -> None:
+    """Raise ConfigError unless `value` is a share in [0, 1]."""
+    if not 0 <= value <= 1:
+        raise ConfigError(f"{key}={value}; a share in [0, 1] is needed; change {key}")
+
+
+def check_path(key: str, value: str | None) -> None:
+    """Raise ConfigError for an empty path, which would mean the current folder."""
+    if value is not None and not value.strip():
+        raise ConfigError(f"{key} is empty; a path is needed; give {key}=FOLDER")

@@ -28,7 +28,8 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
             os.fsync(file.fileno())
         temporary.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a second error, on a file system that is full or read-only, would hide the first
+            temporary.unlink(missing_ok=True)
     sync(path.parent)
 
 

@@ -101,6 +101,17 @@ def test_the_paper_preset_flips_what_the_paper_prints():
         ("data.views=[]", ["data.views"]),
         ("name=a/b", ["name=", "folder name"]),
         ("optim.lr", ["optim.lr"]),
+        ("optim.lr=inf", ["optim.lr=inf", "finite"]),
+        ("optim.betas=[2,3]", ["optim.betas", "[0, 1)"]),
+        ("+foo=3", ["+foo=3", "schema"]),
+        ("~optim", ["~optim", "schema"]),
+        ("hydra.run.dir=x", ["hydra.run.dir", "schema"]),
+        ("data.root=", ["data.root", "empty"]),
+        ("runs=", ["runs", "empty"]),
+        ("data.max_skip_fraction=2", ["data.max_skip_fraction=2", "share"]),
+        ("evaluate.mask_size=0", ["evaluate.mask_size=0", "at least 1"]),
+        ("objective.feature_reconstruction.weight=nan", ["nan", "finite"]),
+        ("data.root=/tmp/(1)", ["data.root=/tmp/(1)", "cannot be read"]),
     ],
 )
 def test_a_wrong_setting_is_one_line(override, words):
@@ -110,6 +121,28 @@ def test_a_wrong_setting_is_one_line(override, words):
     assert "\n" not in text
     for word in words:
         assert word in text, text
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("out=", ["out", "empty"]),
+        ("splits=[]", ["splits", "at least one"]),
+        ("splits=[train,train]", ["splits", "each once"]),
+        ("source.train_views=[]", ["source.train_views"]),
+        ("limit=-1", ["limit=-1"]),
+        ("jpeg_quality=500", ["jpeg_quality=500"]),
+        ("workers=-1", ["workers=-1"]),
+        ("features.batch_frames=0", ["features.batch_frames=0"]),
+        ("+source.nosuch=4", ["+source.nosuch=4"]),
+    ],
+)
+def test_a_wrong_build_setting_is_one_line(override, words):
+    with pytest.raises(ConfigError) as error:
+        build(override)
+    assert "\n" not in str(error.value)
+    for word in words:
+        assert word in str(error.value), str(error.value)
 
 
 def test_a_missing_setting_is_named():

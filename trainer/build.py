@@ -68,6 +68,16 @@ def check_validation(config: RunConfig, world: World, train: ShardDataset) -> No
             )
 
 
+def check_extractor(dataset: ShardDataset, fingerprint: str) -> None:
+    """Weights know the features of one extractor; others of the same width would be read without an error."""
+    there = dataset.index.features["fingerprint"]
+    if fingerprint and there != fingerprint:
+        raise ConfigError(
+            f"{dataset.folder} holds features with fingerprint {there[:12]}, the run was trained on {fingerprint[:12]}; "
+            "both must come from one extractor; build these shards with the run's weights or projection"
+        )
+
+
 def real_per_rank(config: RunConfig, world: World) -> list[int]:
     """How many clips of each global batch a rank holds."""
     slices = [rank_slice(config.optim.global_batch, World(rank=rank, size=world.size)) for rank in range(world.size)]

@@ -78,10 +78,10 @@ def problem(path: Path) -> str:
         return f"manifest.json cannot be read ({type(error).__name__}: {error})"
 
 
-def save(root: Path, engine: Engine, state: TrainState, keep: int, report: Callable[[str], None]) -> Saved:
+def save(root: Path, engine: Engine, state: TrainState) -> Saved:
     """Write a checkpoint. Collective: every rank gathers, rank 0 writes, all learn whether it worked.
 
-    Raises StateError on every rank when rank 0 could not write; what was there before stays.
+    Raises StateError on every rank when rank 0 could not write or the weights are not finite; what was there before stays.
     """
     weights = engine.weights()
     adam = engine.adam_state(state.step)
@@ -89,9 +89,12 @@ def save(root: Path, engine: Engine, state: TrainState, keep: int, report: Calla
     if torch.distributed.get_rank() == 0:
         try:
             outcome = _publish(root, weights, adam, state)
-            retire(root, keep, trusted=outcome.path, report=report)
         except OSError as error:
             outcome = f"{error.strerror or error} ({error.filename or root})"
+        except SafetensorError as error:  # what a full disk is to it
+            outcome = f"{error} ({root})"
+        except StateError as error:
+            outcome = str(error)
     outcome = distributed.from_main(outcome)
     if isinstance(outcome, str):
         raise StateError(
@@ -157,8 +160,9 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
 
 
 def retire(root: Path, keep: int, trusted: Path, report: Callable[[str], None]) -> None:
-    """Remove verified checkpoints beyond the newest `keep`. `trusted` was written and hashed a moment ago.
+    """Remove verified checkpoints beyond the newest `keep`. `trusted` was written and hashed lately.
 
+    Called once the weights of `trusted` have given a finite loss, so that a run which blows up keeps an older one.
     A damaged folder neither counts nor is removed.
     """
     good = 0
@@ -179,6 +183,9 @@ def _has_manifest(path: Path) -> bool:
 
 
 def _publish(root: Path, weights: Mapping[str, Tensor], adam: AdamState, state: TrainState) -> Saved:
+    bad = [name for name, value in weights.items() if not bool(torch.isfinite(value).all())]
+    if bad:
+        raise StateError(f"weights are not finite ({bad[0]} and {len(bad) - 1} more tensors); lower optim.lr")
     root.mkdir(parents=True, exist_ok=True)
     for stale in root.glob(".writing_*"):
         shutil.rmtree(stale, ignore_errors=True)

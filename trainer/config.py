@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from omegaconf import MISSING
 
 from data_pipeline.config import DataConfig
-from data_pipeline.errors import ConfigError, check_at_least, check_choice
+from data_pipeline.errors import ConfigError, check_at_least, check_choice, check_path
 
 
 @dataclass(kw_only=True)
@@ -124,10 +124,10 @@ class ObjectiveConfig:
             self.ssync.boundary_weight,
             self.ssync.interior_weight,
         )
-        if min(weights) < 0 or max(weights) == 0:
+        if not all(0 <= weight < float("inf") for weight in weights) or max(weights) == 0:
             raise ConfigError(
                 f"objective weights are {list(weights)} (reconstruction, slot contrast, boundary, interior); "
-                "none may be below 0 and one "
+                "all must be finite, none below 0, and one "
                 "must be above; set objective.feature_reconstruction.weight=1"
             )
 
@@ -155,8 +155,11 @@ class OptimConfig:
             raise ConfigError(
                 f"optim.decay_steps={self.decay_steps} is not above optim.warmup_steps={self.warmup_steps}; change one of them"
             )
-        if not self.lr > 0 or not self.clip_norm > 0:
-            raise ConfigError(f"optim.lr={self.lr}, optim.clip_norm={self.clip_norm}; both must be above 0")
+        for key in ("lr", "clip_norm", "decay_rate", "eps"):
+            if not 0 < getattr(self, key) < float("inf"):
+                raise ConfigError(f"optim.{key}={getattr(self, key)}; it must be above 0 and finite; change optim.{key}")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"optim.betas={self.betas}; two numbers in [0, 1) are needed; [0.9, 0.999] is published")
 
 
 @dataclass(kw_only=True)
@@ -174,6 +177,8 @@ class ParallelConfig:
         if self.zero_stage not in (0, 1, 2, 3):
             raise ConfigError(f"parallel.zero_stage={self.zero_stage}; 0, 1, 2 or 3 is needed; 1 fits models of this size")
         check_at_least("parallel.accumulation", self.accumulation, 1)
+        check_at_least("parallel.threads", self.threads, 0)
+        check_at_least("parallel.timeout_s", self.timeout_s, 1)
 
 
 @dataclass(kw_only=True)
@@ -204,6 +209,9 @@ class EvaluateConfig:
         if not self.maps:
             raise ConfigError("evaluate.maps=[]; choose at least one of object, attn")
         check_choice("evaluate.empty_foreground", self.empty_foreground, ("one", "skip"))
+        check_at_least("evaluate.every_steps", self.every_steps, 0)
+        if self.mask_size is not None:
+            check_at_least("evaluate.mask_size", self.mask_size, 1)
 
 
 @dataclass(kw_only=True)
@@ -218,6 +226,8 @@ class ObserveConfig:
 
     def __post_init__(self) -> None:
         check_at_least("observe.log_every", self.log_every, 1)
+        check_at_least("observe.report_videos", self.report_videos, 0)
+        check_path("observe.targets_dir", self.targets_dir)
 
 
 @dataclass(kw_only=True)
@@ -235,6 +245,7 @@ class RunConfig:
     observe: ObserveConfig = field(default_factory=ObserveConfig)
 
     def __post_init__(self) -> None:
+        check_path("runs", self.runs)
         if not self.name or "/" in self.name or self.name.startswith("."):
             raise ConfigError(f"name={self.name!r}; a plain folder name is needed; for example name=movi_c_seed0")
 
@@ -253,3 +264,8 @@ class EvaluationConfig:
     baselines: bool = True
     device: str = "auto"
     out: str | None = None  # where scores.json goes; None: beside the run's metrics
+
+    def __post_init__(self) -> None:
+        check_path("run", self.run)
+        check_path("out", self.out)
+        check_choice("device", self.device, ("auto", "cpu", "cuda"))

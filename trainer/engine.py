@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from data_pipeline.errors import ConfigError
+from data_pipeline.errors import ConfigError, StateError
 from trainer import distributed
 from trainer.config import OptimConfig, ParallelConfig
 from trainer.model.network import VideoSlotModel
@@ -175,6 +175,11 @@ class Engine:
         self._set_lr(0.0)
         for _ in range(self.accumulation):
             output = self.forward(example)
+            if not all(bool(torch.isfinite(tensor).all()) for tensor in output[:4]):
+                raise StateError(
+                    "the checkpoint's weights give outputs that are not finite: training had blown up before it was saved; "
+                    "move that checkpoint away to go on from an older one, and lower optim.lr"
+                )
             self._deepspeed.backward(sum(0.0 * tensor.sum() for tensor in output[:4]))
             self._deepspeed.step()
         for key in MOMENTS:

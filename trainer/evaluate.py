@@ -232,7 +232,7 @@ def evaluate_run(settings: EvaluationConfig) -> int:
 
     from data_pipeline.files import write_atomically
     from trainer import checkpoint, distributed
-    from trainer.build import build_model, build_video_loader
+    from trainer.build import build_model, build_video_loader, check_extractor
     from trainer.engine import choose_device
     from trainer.observe.console import Console
     from trainer.run_folder import read_config
@@ -252,7 +252,9 @@ def evaluate_run(settings: EvaluationConfig) -> int:
     model = build_model(config.model, config.seed).to(device)
     untrained = build_model(config.model, config.seed).to(device)
     checkpoint.load_weights(model, found)
-    result = evaluate_model(model, build_video_loader(config, world), config)
+    loader = build_video_loader(config, world)
+    check_extractor(loader.dataset, found.state.features)
+    result = evaluate_model(model, loader, config)
     baselines = evaluate_baselines(build_video_loader(config, world), config, untrained) if settings.baselines else {}
     if world.rank == 0:
         out = Path(settings.out) if settings.out else run / "evaluation.json"

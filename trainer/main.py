@@ -60,7 +60,7 @@ def _train(config: RunConfig, stop: StopRequest) -> int:
         return training.run_to_end()
     except NonFiniteLoss as error:
         training.observer.non_finite()
-        saved = f"step {training.saved_step}" if training.saved_step >= 0 else "none"
+        saved = f"step {training.good_step}" if training.good_step >= 0 else "none"
         raise NonFiniteLoss(f"{error}; last good checkpoint: {saved}") from None
     finally:
         training.close()

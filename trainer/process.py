@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable
+
+LOST_PEER = re.compile(r"connection (was )?(reset|closed|refused)|broken pipe|remote process exited", re.IGNORECASE)
 
 
 def set_threads(threads: int) -> None:
@@ -48,6 +51,14 @@ def run_as_rank(command: Callable[[list[str]], int | None]) -> None:
         code = run_command(command)
     except SystemExit as request:
         code = request.code if isinstance(request.code, int) else 1
+    except RuntimeError as error:
+        if not LOST_PEER.search(str(error)):
+            traceback.print_exc()
+        else:
+            print(
+                f"error: lost contact with another rank; see its log for the cause ({str(error).splitlines()[0][:160]})",
+                file=sys.stderr,
+            )
     except BaseException:
         traceback.print_exc()
     leave(code)

@@ -22,6 +22,7 @@ from data_pipeline.files import write_atomically
 from trainer.config import RunConfig
 
 FIXED = ("seed", "data", "model", "objective", "optim")  # what a run may not change under way
+FREE = {"data.root", "data.read_threads", "data.prefetch_steps", "data.max_skip_fraction"}  # the index's hash guards the stream
 PACKAGES = ("torch", "deepspeed", "webdataset", "ray", "submitit", "hydra-core", "xformers", "prometheus-client", "numpy")
 
 
@@ -69,7 +70,7 @@ def read_config(run: Path) -> RunConfig:
 def _refuse_other_settings(run: Path, config: RunConfig) -> None:
     before, now = _flat(asdict(read_config(run))), _flat(asdict(config))
     for key in sorted(before.keys() | now.keys()):
-        if key.split(".")[0] in FIXED and before.get(key) != now.get(key):
+        if key.split(".")[0] in FIXED and key not in FREE and before.get(key) != now.get(key):
             raise ConfigError(
                 f"{key}={now.get(key)}, but run {run} was begun with {before.get(key)} and has checkpoints; "
                 "a run goes on with its settings; choose another name=..., or set the old value"

@@ -14,10 +14,11 @@ class TrainState:
 
     step: int
     position: Position
+    features: str = ""  # fingerprint of the extractor whose features the weights know
 
     def to_json(self) -> dict[str, Any]:
-        return {"step": self.step, "position": asdict(self.position)}
+        return {"step": self.step, "position": asdict(self.position), "features": self.features}
 
     @staticmethod
     def from_json(value: dict[str, Any]) -> TrainState:
-        return TrainState(step=int(value["step"]), position=Position(**value["position"]))
+        return TrainState(step=int(value["step"]), position=Position(**value["position"]), features=value.get("features", ""))

@@ -57,7 +57,8 @@ class Training:
             model, config.optim, config.parallel, self.device, adam=found.adam if found else None, example=example.to(self.device)
         )
         self.objective = build_objective(config)
-        self.saved_step = self.step if found else -1
+        self.saved_step = self.good_step = self.step if found else -1
+        self._unproven: Path | None = None
         self.observer.started(self.step, self.loader, num_parameters)
 
     def run_to_end(self) -> int:
@@ -79,6 +80,7 @@ class Training:
             lr = config.optim.lr * schedule(self.step, config.optim)
             report = train_step(self.engine, self.objective, batch, shares, self.step, lr, stop=self.stop.requested)
             self.step += 1
+            self._retire()
             self.observer.stepped(self.step, report, batch, waited.seconds["data"], lr, self.engine, self.loader)
             if report.stop:
                 return self._stop_early()
@@ -96,7 +98,8 @@ class Training:
         return every > 0 and self.step % every == 0
 
     def _state(self) -> TrainState:
-        return TrainState(step=self.step, position=self.loader.state())
+        fingerprint = self.loader.dataset.index.features["fingerprint"]
+        return TrainState(step=self.step, position=self.loader.state(), features=fingerprint)
 
     def _save(self) -> None:
         if self.saved_step == self.step:
@@ -105,14 +108,21 @@ class Training:
         if norm - norm != 0:  # one read, only where a checkpoint is due
             raise StateError(
                 f"gradient norm is {norm} at step {self.step}; such weights are not saved; "
-                f"the last checkpoint is step {self.saved_step}; lower optim.lr"
+                f"the last checkpoint is {f'step {self.saved_step}' if self.saved_step >= 0 else 'none'}; lower optim.lr"
             )
         began = time.perf_counter()
-        saved = checkpoint.save(
-            self.checkpoints, self.engine, self._state(), self.config.checkpoint.keep, self.observer.verify_failed
-        )
-        self.saved_step = self.step
+        saved = checkpoint.save(self.checkpoints, self.engine, self._state())
+        self.good_step, self.saved_step = self.saved_step, self.step
+        self._unproven = saved.path
         self.observer.saved(self.step, saved.num_bytes, time.perf_counter() - began)
+
+    def _retire(self) -> None:
+        """Older checkpoints may go once the newest one's weights have given a finite loss."""
+        if self._unproven is None:
+            return
+        if self.world.rank == 0:
+            checkpoint.retire(self.checkpoints, self.config.checkpoint.keep, self._unproven, self.observer.verify_failed)
+        self.good_step, self._unproven = self.saved_step, None
 
     def _stop_early(self) -> int:
         self._save()
@@ -135,6 +145,7 @@ class Training:
         if config.evaluate.at_end:
             result = self._evaluate(config.observe.report_videos if config.observe.report else 0)
             baselines = self._baselines() if config.evaluate.baselines else {}
+        self._retire()
         if self.world.rank == 0:
             write_atomically(self.run / "DONE", f"step {self.step}\n")
         self.observer.finished(self.step, result, baselines)

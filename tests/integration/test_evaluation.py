@@ -7,7 +7,7 @@ import json
 import pytest
 
 from tests.integration.ranks import finish, start_ranks
-from tests.integration.tiny_run import arguments, lines, make_shards
+from tests.integration.tiny_run import arguments, lines, make_shards, write_split
 
 MERGE_ALL = "objective.ssync.merge.threshold=-1"  # any two slots overlap by more than that
 
@@ -56,6 +56,12 @@ def test_merged_slots_are_one_segment(begun):
 def test_a_step_without_checkpoint_names_those_that_are_there(begun):
     told = evaluate(begun, 1, "step=7", expect=2)["error"]
     assert "step=7" in told and "choose one of 3, 2" in told and "Traceback" not in told
+
+
+def test_features_of_another_extractor_are_refused(begun, tmp_path):
+    write_split(tmp_path, "validation", frames=((4,),), fingerprint="e" * 64)
+    told = evaluate(begun, 1, f"root={tmp_path}", expect=2)["error"]
+    assert "eeeeeeeeeeee" in told and "ffffffffffff" in told and "Traceback" not in told
 
 
 def test_bf16_trains_and_scores(begun):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -208,8 +210,6 @@ def assert_one_line(result: subprocess.CompletedProcess, words: list[str]) -> No
 
 
 def test_checkpoints_none_of_which_verifies_stop_the_run(begun, data, tmp_path):
-    import shutil
-
     shutil.copytree(begun / "run", tmp_path / "run")
     for path in (tmp_path / "run" / "checkpoints").glob("step_*/model.safetensors"):
         path.write_bytes(b"")
@@ -233,3 +233,24 @@ def test_validation_features_of_another_extractor_are_refused_before_the_first_s
     write_split(root, "validation", frames=((4,),), fingerprint="e" * 64)
     result = single(root, tmp_path, "mixed", "evaluate.at_end=true")
     assert_one_line(result, ["fingerprint", "eeeeeeeeeeee", "ffffffffffff", "one command"])
+
+
+def test_a_run_that_blows_up_keeps_a_checkpoint_that_works(data, tmp_path):
+    """Weights may be finite and dead all the same: the checkpoint before them is named, and still there with keep=1."""
+    more = ["optim.lr=1e30", "checkpoint.keep=1", "optim.warmup_steps=0"]
+    result = single(data, tmp_path, "blown", *more)
+    assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
+    told = next(line for line in result.stderr.splitlines() if line.startswith("error: "))
+    good = re.search(r"last good checkpoint: step (\d+)", told)
+    there = {int(path.name[5:]) for path in (tmp_path / "blown" / "checkpoints").glob("step_*")}
+    assert "not finite" in told and (not good or int(good[1]) in there), (told, there)
+    again = single(data, tmp_path, "blown", *more)
+    assert again.returncode == 1 and "Traceback" not in again.stderr, again.stderr
+
+
+def test_shards_may_move_between_attempts(begun, data, tmp_path):
+    shutil.copytree(data, tmp_path / "moved")
+    shutil.copytree(begun / "run", tmp_path / "run")
+    result = single(tmp_path / "moved", tmp_path, "run", "optim.max_steps=3", "data.prefetch_steps=3")
+    assert result.returncode == 0, result.stderr
+    assert "going on from checkpoint of step 3" in result.stderr

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 
 from data_pipeline.errors import ConfigError, StateError
 from data_pipeline.order import Position
@@ -50,10 +51,8 @@ def engine():
 
 @pytest.fixture
 def root(engine, tmp_path):
-    said: list[str] = []
     for step in (10, 20, 30):
-        checkpoint.save(tmp_path / "checkpoints", engine, state(step), keep=3, report=said.append)
-    assert not said
+        checkpoint.save(tmp_path / "checkpoints", engine, state(step))
     return tmp_path / "checkpoints"
 
 
@@ -79,7 +78,9 @@ def test_a_resumed_engine_goes_on_bit_for_bit(engine, root):
 
 
 def test_retention_keeps_the_newest(engine, root):
-    checkpoint.save(root, engine, state(40), keep=2, report=print)
+    saved = checkpoint.save(root, engine, state(40))
+    assert steps(root) == [40, 30, 20, 10]
+    checkpoint.retire(root, keep=2, trusted=saved.path, report=print)
     assert steps(root) == [40, 30]
 
 
@@ -87,7 +88,8 @@ def test_retention_counts_only_what_verifies(engine, root):
     damaged = root / "step_00000030" / "model.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1])
     said: list[str] = []
-    checkpoint.save(root, engine, state(40), keep=2, report=said.append)
+    saved = checkpoint.save(root, engine, state(40))
+    checkpoint.retire(root, keep=2, trusted=saved.path, report=said.append)
     assert steps(root) == [40, 30, 20]
     assert "step_00000030" in said[0] and "bytes" in said[0]
 
@@ -143,7 +145,7 @@ def test_no_candidate_is_a_first_start(engine, tmp_path):
 def test_a_damaged_folder_of_the_same_step_is_set_aside_not_overwritten(engine, root):
     folder = root / "step_00000030"
     (folder / "model.safetensors").write_bytes(b"damaged")
-    checkpoint.save(root, engine, state(30), keep=3, report=lambda text: None)
+    checkpoint.save(root, engine, state(30))
     assert checkpoint.problem(folder) == ""
     assert (root / "step_00000030.set_aside_1" / "model.safetensors").read_bytes() == b"damaged"
 
@@ -154,14 +156,14 @@ def test_a_failed_write_leaves_the_older_ones_and_no_rest(engine, root, monkeypa
 
     monkeypatch.setattr(checkpoint, "save_file", full_disk)
     with pytest.raises(StateError, match="No space left on device"):
-        checkpoint.save(root, engine, state(40), keep=3, report=print)
+        checkpoint.save(root, engine, state(40))
     assert steps(root) == [30, 20, 10]
     assert not list(root.glob(".writing*"))
 
 
 def test_rests_of_a_killed_save_are_cleared(engine, root):
     (root / ".writing_step_00000040_99").mkdir()
-    checkpoint.save(root, engine, state(50), keep=3, report=print)
+    checkpoint.save(root, engine, state(50))
     assert not list(root.glob(".writing*"))
 
 
@@ -180,3 +182,25 @@ def test_the_manifest_names_every_file(root):
     manifest = json.loads((root / "step_00000030" / "manifest.json").read_text())
     assert set(manifest["files"]) == {"model.safetensors", "optimizer.safetensors", "state.json"}
     assert {path.name for path in (root / "step_00000030").iterdir()} == {*manifest["files"], "manifest.json"}
+
+
+def test_weights_that_are_not_finite_are_not_saved(engine, root):
+    slots = engine.module.initializer.slots
+    before = slots.detach().clone()
+    try:
+        slots.data[0, 0] = float("nan")
+        with pytest.raises(StateError, match="weights are not finite .initializer.slots"):
+            checkpoint.save(root, engine, state(40))
+    finally:
+        slots.data.copy_(before)
+    assert steps(root) == [30, 20, 10]
+    assert not list(root.glob(".writing*"))
+
+
+def test_a_full_disk_as_safetensors_tells_it_is_one_line(engine, root, monkeypatch):
+    def full_disk(*args, **kwargs):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(checkpoint, "save_file", full_disk)
+    with pytest.raises(StateError, match="could not be written.*No space left"):
+        checkpoint.save(root, engine, state(40))

@@ -6,6 +6,7 @@ Rank 0 writes metrics.jsonl and the report and owns the console; every rank serv
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -80,6 +81,9 @@ class Observer:
             )
             if loader.skipped > self._skipped:
                 self.exporter.skipped(loader.skipped - self._skipped)
+        if loader.skipped > self._skipped:
+            for key, reason in list(loader.skip_reasons.items())[self._skipped :]:
+                print(f"warning: rank {self.world.rank} replaced damaged sample {key}: {reason}", file=sys.stderr, flush=True)
         self._skipped = loader.skipped
         if step % self.config.observe.log_every == 0 or step == self.config.optim.max_steps or report.stop:
             self._logged(step, report, lr, engine, batch.epoch)
