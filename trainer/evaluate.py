@@ -230,6 +230,7 @@ def evaluate_run(settings: EvaluationConfig) -> int:
     from dataclasses import replace
     from pathlib import Path
 
+    from data_pipeline.errors import ConfigError
     from data_pipeline.files import write_atomically
     from trainer import checkpoint, distributed
     from trainer.build import build_model, build_video_loader, check_extractor
@@ -238,6 +239,9 @@ def evaluate_run(settings: EvaluationConfig) -> int:
     from trainer.run_folder import read_config
 
     run = Path(settings.run)
+    out = Path(settings.out) if settings.out else run / "evaluation.json"
+    if out.is_dir():
+        raise ConfigError(f"out={out} is a folder; the scores are one file; give out={out / 'scores.json'}")
     config = read_config(run)
     data = replace(
         config.data,
@@ -257,7 +261,6 @@ def evaluate_run(settings: EvaluationConfig) -> int:
     result = evaluate_model(model, loader, config)
     baselines = evaluate_baselines(build_video_loader(config, world), config, untrained) if settings.baselines else {}
     if world.rank == 0:
-        out = Path(settings.out) if settings.out else run / "evaluation.json"
         content = {
             "step": found.state.step,
             "shards": data.root,

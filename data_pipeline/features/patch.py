@@ -83,7 +83,10 @@ class PatchExtractor:
         projection = self._fitted()
         # One metadata entry: several would be written in an order that changes from run to run.
         note = json.dumps({"settings": self._settings(), "fingerprint": self._fingerprint}, sort_keys=True)
-        save_file(projection.tensors(), path, metadata={_METADATA_KEY: note})
+        try:
+            save_file(projection.tensors(), path, metadata={_METADATA_KEY: note})
+        except SafetensorError as error:  # what a full or read-only disk is to it
+            raise DataError(f"{path}: the projection could not be written ({error}); free space or choose another out") from None
 
     def load(self, path: Path) -> None:
         """Read what `save` wrote. Raises: DataError when it is missing, damaged or of other settings."""

@@ -64,6 +64,13 @@ def test_features_of_another_extractor_are_refused(begun, tmp_path):
     assert "eeeeeeeeeeee" in told and "ffffffffffff" in told and "Traceback" not in told
 
 
+def test_scores_into_a_folder_are_refused_before_scoring(begun, tmp_path):
+    logs = tmp_path / "logs"
+    command = ["-m", "trainer.evaluate", f"run={begun / 'runs' / 'run'}", f"out={tmp_path}"]
+    assert finish(start_ranks(1, command, logs)) == [2]
+    assert f"out={tmp_path} is a folder" in (logs / "rank0.err").read_text()
+
+
 def test_bf16_trains_and_scores(begun):
     more = ["parallel.precision=bf16", "evaluate.at_end=true", "optim.max_steps=4"]
     codes = finish(start_ranks(2, arguments(begun / "data", begun / "runs", "half", *more), begun / "half"))
