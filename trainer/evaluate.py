@@ -256,10 +256,10 @@ def evaluate_run(settings: EvaluationConfig) -> int:
     model = build_model(config.model, config.seed).to(device)
     untrained = build_model(config.model, config.seed).to(device)
     checkpoint.load_weights(model, found)
-    loader = build_video_loader(config, world)
-    check_extractor(loader.dataset, found.state.features)
-    result = evaluate_model(model, loader, config)
-    baselines = evaluate_baselines(build_video_loader(config, world), config, untrained) if settings.baselines else {}
+    with build_video_loader(config, world) as loader:
+        check_extractor(loader.dataset, found.state.features)
+        result = evaluate_model(model, loader, config)
+        baselines = evaluate_baselines(loader, config, untrained) if settings.baselines else {}
     if world.rank == 0:
         content = {
             "step": found.state.step,

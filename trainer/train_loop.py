@@ -132,8 +132,8 @@ class Training:
     def _evaluate(self, num_pictures: int = 0) -> evaluate.Evaluation:
         began = time.perf_counter()
         model = self.engine.plain_model(lambda: build_model(self.config.model, self.config.seed))
-        loader = build_video_loader(self.config, self.world)
-        result = evaluate.evaluate_model(model, loader, self.config, num_pictures, self.stop)
+        with build_video_loader(self.config, self.world) as loader:
+            result = evaluate.evaluate_model(model, loader, self.config, num_pictures, self.stop)
         self.observer.evaluated(self.step, result, time.perf_counter() - began)
         return result
 
@@ -154,4 +154,5 @@ class Training:
 
     def _baselines(self) -> dict[str, dict[str, float]]:
         untrained = build_model(self.config.model, self.config.seed).to(self.device)
-        return evaluate.evaluate_baselines(build_video_loader(self.config, self.world), self.config, untrained, self.stop)
+        with build_video_loader(self.config, self.world) as loader:
+            return evaluate.evaluate_baselines(loader, self.config, untrained, self.stop)

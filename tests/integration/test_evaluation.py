@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import threading
+from types import SimpleNamespace
 
 import pytest
+import torch
 
+from data_pipeline.order import World
 from tests.integration.ranks import finish, start_ranks
 from tests.integration.tiny_run import arguments, lines, make_shards, write_split
+from trainer.build import build_model
+from trainer.preemption import StopRequest
+from trainer.run_folder import read_config
+from trainer.train_loop import Training
 
 MERGE_ALL = "objective.ssync.merge.threshold=-1"  # any two slots overlap by more than that
 
@@ -69,6 +78,27 @@ def test_scores_into_a_folder_are_refused_before_scoring(begun, tmp_path):
     command = ["-m", "trainer.evaluate", f"run={begun / 'runs' / 'run'}", f"out={tmp_path}"]
     assert finish(start_ranks(1, command, logs)) == [2]
     assert f"out={tmp_path} is a folder" in (logs / "rank0.err").read_text()
+
+
+def test_evaluations_leave_neither_open_files_nor_threads(begun):
+    """A long run evaluates dozens of times in one process."""
+    config = read_config(begun / "runs" / "run")
+    model = build_model(config.model, 0)
+    training = object.__new__(Training)
+    training.config, training.world, training.step, training.stop = config, World(), 1, StopRequest()
+    training.engine = SimpleNamespace(plain_model=lambda build: model)
+    training.observer = SimpleNamespace(evaluated=lambda *values: None)
+    training.device = torch.device("cpu")
+
+    def held() -> tuple[int, int]:
+        return len(os.listdir("/proc/self/fd")), threading.active_count()
+
+    training._evaluate()
+    before = held()
+    for _ in range(3):
+        assert training._evaluate().num_videos == 3
+        training._baselines()
+    assert held() == before
 
 
 def test_bf16_trains_and_scores(begun):
