@@ -33,6 +33,10 @@ class ClipBatch:
     def size(self) -> int:
         return self.features.shape[0]
 
+    def decoded(self) -> Tensor:
+        """What the model reads: float32 (B, T, P, E) on the device where the batch lies."""
+        return self.features.float()
+
     def to(self, device: torch.device) -> ClipBatch:
         """The same batch with its features on `device`; frames and masks stay where they are."""
         return replace(self, features=self.features.to(device, non_blocking=True))

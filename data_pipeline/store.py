@@ -5,11 +5,8 @@ Comes in: a folder with index.json and shards. Goes out: features (count, P, E),
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +15,9 @@ import numpy as np
 from data_pipeline.codec import CODECS
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import DataError
+from data_pipeline.shard_files import LocalFiles, ShardFiles
 from data_pipeline.shards import INDEX_NAME, DatasetIndex, Sample, crc32c, decode_image
 from data_pipeline.views import crop_instance_ids
-
-MAX_OPEN_FILES = 256  # shards kept open; others are opened for each read
 
 
 class ShardDataset:
@@ -36,25 +32,21 @@ class ShardDataset:
                 f"{folder}: codec={codec}; known are {', '.join(CODECS)}; update Slotstream or build the shards again"
             )
         self.codec = CODECS[codec]
-        self._descriptors: dict[int, int] = {}
-        self._lock = threading.Lock()
+        self.files: ShardFiles = LocalFiles(folder, index)
 
     @staticmethod
     def open(folder: str | Path) -> ShardDataset:
         """Raises DataError when the index or a shard is missing, or a shard has another size than the index says."""
         folder = Path(folder)
         dataset = ShardDataset(folder, DatasetIndex.load(folder))
-        for shard in dataset.index.shards:
-            _check_size(folder / shard["name"], int(shard["bytes"]))
+        dataset.files.check()
         return dataset
 
     def __len__(self) -> int:
         return len(self.index.samples)
 
     def close(self) -> None:
-        with self._lock:
-            while self._descriptors:
-                os.close(self._descriptors.popitem()[1])
+        self.files.close()
 
     def check(self, expected: DataConfig, views: Sequence[str] | None = None) -> None:
         """Raise DataError unless the shards hold the features that `expected` asks for (and `views`, by default its own)."""
@@ -150,36 +142,14 @@ class ShardDataset:
     def _read_into(self, sample: Sample, offset: int, buffer: np.ndarray) -> None:
         view = memoryview(buffer.reshape(-1).data)
         try:
-            with self._descriptor(sample.shard) as descriptor:
-                done = 0
-                while done < len(view):
-                    got = os.preadv(descriptor, [view[done:]], offset + done)
-                    if got == 0:
-                        raise DataError(
-                            f"{self._where(sample)}: the shard ends {len(view) - done} bytes early; it must be whole; "
-                            f"delete it and build again"
-                        )
-                    done += got
+            done = self.files.read_into(sample.shard, offset, view)
         except OSError as error:
             raise DataError(f"{self._where(sample)}: {error}; the shard must be readable; mend the disk or build again") from None
-
-    @contextlib.contextmanager
-    def _descriptor(self, shard: int) -> Iterator[int]:
-        with self._lock:
-            descriptor = self._descriptors.get(shard)
-            if descriptor is None and len(self._descriptors) < MAX_OPEN_FILES:
-                descriptor = self._descriptors[shard] = self._open(shard)
-        if descriptor is not None:
-            yield descriptor
-            return
-        descriptor = self._open(shard)
-        try:
-            yield descriptor
-        finally:
-            os.close(descriptor)
-
-    def _open(self, shard: int) -> int:
-        return os.open(self.folder / self.index.shards[shard]["name"], os.O_RDONLY | os.O_CLOEXEC)
+        if done < len(view):
+            raise DataError(
+                f"{self._where(sample)}: the shard ends {len(view) - done} bytes early; it must be whole; "
+                f"delete it and build again"
+            )
 
     def _check_window(self, sample: Sample, start: int, count: int) -> None:
         if not (start >= 0 and count >= 1 and start + count <= sample.frames):
@@ -196,18 +166,7 @@ class ShardDataset:
             )
 
     def _where(self, sample: Sample) -> str:
-        return f"{self.folder / self.index.shards[sample.shard]['name']}, sample {sample.key}"
-
-
-def _check_size(path: Path, expected: int) -> None:
-    try:
-        found = path.stat().st_size
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}; the index lists this shard; copy it here or build again") from None
-    if found != expected:
-        raise DataError(
-            f"{path}: {found} bytes, the index has {expected}; the shard is cut or changed; delete it and build again"
-        )
+        return f"{self.files.where(sample.shard)}, sample {sample.key}"
 
 
 def find_splits(folder: str | Path) -> list[Path]:

@@ -100,7 +100,7 @@ def evaluate_baselines(
 
     def predict(batch: ClipBatch) -> dict[str, Tensor]:
         truth = _truth(batch, loader)
-        size, features = mask_size(config, batch), batch.features[0].float().cpu()
+        size, features = mask_size(config, batch), batch.decoded()[0].cpu()
         output = _segment(untrained, batch, config)
         patches = {
             "grid": grid_of_blocks(slots, features.shape[0], batch.grid),
@@ -179,7 +179,7 @@ def _segment(model: VideoSlotModel, batch: ClipBatch, config: RunConfig) -> Mode
     device = next(model.parameters()).device
     bf16 = choose_precision(config.parallel.precision, device) == "bf16"
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        return model.segment(batch.features.to(device).float(), config.model.eval_decode_frames)
+        return model.segment(batch.to(device).decoded(), config.model.eval_decode_frames)
 
 
 def _labels(maps: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:

@@ -66,7 +66,7 @@ def train_step(
     clock.lap("forward")
 
     for number, part in enumerate(parts):
-        output = outputs[number] if outputs else engine.forward(part.features.float())
+        output = outputs[number] if outputs else engine.forward(part.decoded())
         clock.lap("forward")
         real = output.first(part.num_real)
         terms = objective.local(real, step) if outputs is None else local[number]
@@ -96,12 +96,12 @@ def _look(
     and the coupled terms need all of them before the first backward, and memory has room for one.
     """
     if len(parts) == 1:
-        output = engine.forward(parts[0].features.float())
+        output = engine.forward(parts[0].decoded())
         real = output.first(parts[0].num_real)
         return [output], [real.slots.detach()], [objective.local(real, step)]
     slots, local = [], []
     for part in parts:
-        real = engine.look(part.features.float()).first(part.num_real)
+        real = engine.look(part.decoded()).first(part.num_real)
         slots.append(real.slots)
         local.append(objective.local(real, step))
     return None, slots, local

@@ -228,7 +228,7 @@ def test_a_sidecar_vouches_only_for_the_bytes_it_saw(folder: Path) -> None:
 
 def test_threads_read_the_same_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """More shards than may stay open, several threads on each."""
-    monkeypatch.setattr("data_pipeline.store.MAX_OPEN_FILES", 2)
+    monkeypatch.setattr("data_pipeline.shard_files.MAX_OPEN_FILES", 2)
     dataset = ShardDataset.open(write_split(tmp_path, frames=[[3]] * 5))
     wrong: list[int] = []
 
