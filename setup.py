@@ -7,6 +7,10 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+S3 = "boto3>=1.34,<2"
+VIDEO = "av>=14,<19"  # PyAV; newer ones are untested
+PHYSICS = "pybullet>=3.2.6,<4"
+
 setup(
     name="slotstream",
     version="0.1.0",
@@ -18,6 +22,7 @@ setup(
     packages=[*find_packages(include=["trainer*", "data_pipeline*", "cluster*"]), "configs"],
     package_data={
         "configs": ["*.yaml", "*/*.yaml"],
+        "data_pipeline": ["sources/physics/card.md"],
         "trainer": ["observe/report.html"],
         "cluster": ["monitoring/**/*.yml", "monitoring/**/*.yaml", "monitoring/**/*.json", "monitoring/*.yml", "monitoring/*.md"],
     },
@@ -34,13 +39,21 @@ setup(
         "scipy>=1.11",
         "pillow>=10",
         "safetensors>=0.4.3",
-        "google-crc32c>=1.5",
+        "awscrt>=0.27,<1",  # CRC-32C at twice the speed of the alternatives
         "pycocotools>=2.0.7",
         "rich>=13",
+        "requests>=2.31",
+        "urllib3>=2.3",
     ],
     extras_require={
         # attention kernels; the wheel has no CPU operator and exists for Linux alone, so it is asked for where CUDA is
         "cuda": ["xformers>=0.0.35; platform_system == 'Linux' and platform_machine == 'x86_64'"],
+        # source=video_files
+        "video": [VIDEO],
+        # source=physics_movi_c and physics_movi_e; where there is no wheel it is compiled, which takes minutes
+        "physics": [PHYSICS],
+        # data.root=s3://...
+        "s3": [S3],
         "dev": [
             "pytest>=8",
             "pytest-timeout>=2.3",
@@ -50,6 +63,13 @@ setup(
             "mypy>=1.14",
             "pre-commit>=3.6",
             "psutil>=5.9",
+            S3,
+            "moto[s3]>=5,<6",  # with flask: a server that boto3 takes for S3
+            "flask>=3",
+            "flask-cors>=5",
+            VIDEO,
+            # where there are wheels; elsewhere the tests of the physics source are skipped
+            f"{PHYSICS}; python_version < '3.12' and platform_system == 'Linux' and platform_machine == 'x86_64'",
         ],
     },
 )

@@ -14,7 +14,8 @@ PACKAGES = ("trainer", "data_pipeline", "cluster")
 HEAVY = ("torch", "deepspeed", "ray", "scipy", "pycocotools", "webdataset")
 DEPENDENCIES = {
     "torch", "deepspeed", "ray", "submitit", "hydra", "omegaconf", "xformers", "prometheus_client", "webdataset",
-    "numpy", "scipy", "PIL", "rich", "safetensors", "platform", "signal", "logging", "config_store",
+    "numpy", "scipy", "PIL", "av", "pybullet", "rich", "safetensors", "requests", "urllib3", "boto3", "botocore", "awscrt",
+    "platform", "signal", "logging", "config_store",
 }  # fmt: skip
 
 
@@ -114,6 +115,7 @@ def test_nothing_is_unpickled():
         ["-m", "cluster.launch"],
         ["-m", "data_pipeline.build"],
         ["-m", "data_pipeline.inspect"],
+        ["-m", "data_pipeline.plan"],
         ["-m", "data_pipeline.verify"],
         ["-m", "trainer.main"],
         ["-m", "trainer.evaluate"],

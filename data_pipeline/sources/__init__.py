@@ -6,11 +6,25 @@ Readers import their decoders when they are built, so that importing this packag
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from data_pipeline.clip import Clip
-from data_pipeline.config import CocoSource, DavisSource, MoviSource, SourceConfig, SyntheticSource, YtvisSource
+from data_pipeline.config import (
+    ClevrTexSource,
+    CocoSource,
+    DavisSource,
+    ImagesSource,
+    MoviSource,
+    OfficialShardsSource,
+    PhysicsSource,
+    SourceConfig,
+    SyntheticSource,
+    VideoFilesSource,
+    VocSource,
+    YtvisSource,
+)
 from data_pipeline.errors import ConfigError, unknown_name
 
 
@@ -28,44 +42,19 @@ class Source(Protocol):
         ...
 
 
-def _movi(config: SourceConfig, root: str | None) -> Source:
-    from data_pipeline.sources.movi import MoviVideos
-
-    if not isinstance(config, MoviSource):
-        raise _wrong_schema(config, MoviSource)
-    return MoviVideos(config, root)
+Builder = Callable[[SourceConfig, str | None], Source]
 
 
-def _ytvis(config: SourceConfig, root: str | None) -> Source:
-    from data_pipeline.sources.ytvis import YtvisVideos
+def _reader(module: str, name: str, schema: type, needs_root: bool = True) -> Builder:
+    """A builder that imports its reader when it is called."""
 
-    if not isinstance(config, YtvisSource):
-        raise _wrong_schema(config, YtvisSource)
-    return YtvisVideos(config, root)
+    def build(config: SourceConfig, root: str | None) -> Source:
+        if not isinstance(config, schema):
+            raise _wrong_schema(config, schema)
+        reader = getattr(importlib.import_module(f"data_pipeline.sources.{module}"), name)
+        return reader(config, root) if needs_root else reader(config)
 
-
-def _davis(config: SourceConfig, root: str | None) -> Source:
-    from data_pipeline.sources.davis import DavisVideos
-
-    if not isinstance(config, DavisSource):
-        raise _wrong_schema(config, DavisSource)
-    return DavisVideos(config, root)
-
-
-def _coco(config: SourceConfig, root: str | None) -> Source:
-    from data_pipeline.sources.coco import CocoImages
-
-    if not isinstance(config, CocoSource):
-        raise _wrong_schema(config, CocoSource)
-    return CocoImages(config, root)
-
-
-def _synthetic(config: SourceConfig, root: str | None) -> Source:
-    from data_pipeline.sources.synthetic import SyntheticVideos
-
-    if not isinstance(config, SyntheticSource):
-        raise _wrong_schema(config, SyntheticSource)
-    return SyntheticVideos(config)
+    return build
 
 
 def _wrong_schema(config: SourceConfig, wanted: type) -> ConfigError:
@@ -75,12 +64,18 @@ def _wrong_schema(config: SourceConfig, wanted: type) -> ConfigError:
     )
 
 
-SOURCES: dict[str, Callable[[SourceConfig, str | None], Source]] = {
-    "movi": _movi,
-    "ytvis": _ytvis,
-    "davis": _davis,
-    "coco": _coco,
-    "synthetic": _synthetic,
+SOURCES: dict[str, Builder] = {
+    "movi": _reader("movi", "MoviVideos", MoviSource),
+    "ytvis": _reader("ytvis", "YtvisVideos", YtvisSource),
+    "davis": _reader("davis", "DavisVideos", DavisSource),
+    "coco": _reader("coco", "CocoImages", CocoSource),
+    "voc": _reader("voc", "VocImages", VocSource),
+    "clevrtex": _reader("clevrtex", "ClevrTexImages", ClevrTexSource),
+    "official_shards": _reader("official_shards", "OfficialShards", OfficialShardsSource),
+    "video_files": _reader("video_files", "VideoFiles", VideoFilesSource),
+    "images": _reader("images", "Images", ImagesSource),
+    "synthetic": _reader("synthetic", "SyntheticVideos", SyntheticSource, needs_root=False),
+    "physics": _reader("physics", "PhysicsVideos", PhysicsSource, needs_root=False),
 }
 
 # "group/name" -> dataclass, for data_pipeline.compose: what a file in configs/source names first in its defaults.
@@ -89,7 +84,13 @@ GROUP_SCHEMAS: Mapping[str, type] = {
     "source/ytvis_schema": YtvisSource,
     "source/davis_schema": DavisSource,
     "source/coco_schema": CocoSource,
+    "source/voc_schema": VocSource,
+    "source/clevrtex_schema": ClevrTexSource,
+    "source/official_shards_schema": OfficialShardsSource,
+    "source/video_files_schema": VideoFilesSource,
+    "source/images_schema": ImagesSource,
     "source/synthetic_schema": SyntheticSource,
+    "source/physics_schema": PhysicsSource,
 }
 
 

@@ -7,6 +7,7 @@ an id is a PNG's palette index as it stands. Index 255, pixels that no one label
 from __future__ import annotations
 
 import io
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -83,10 +84,11 @@ def read_list(path: Path) -> dict[str, Video]:
         raise DataError(f"{path}: cannot be read, {getattr(error, 'strerror', None) or error}; copy it again") from error
     if not names:
         raise DataError(f"{path}: no videos; one folder name a line is needed; copy it again")
+    times = Counter(names)
     for name in names:
         if "/" in name or name in (".", ".."):
             raise DataError(f"{path}: video {name!r}; the name of a folder in {FRAMES} is needed; copy the file again")
-        if names.count(name) > 1:
+        if times[name] > 1:
             raise DataError(f"{path}: video {name!r} occurs twice; names must differ; copy the file again")
     videos = [Video(number, name, (), None) for number, name in enumerate(names, start=1)]
     return dict(zip(unique_keys(videos), videos, strict=True))
@@ -96,14 +98,15 @@ def read_masks(paths: list[Path], size: tuple[int, ...]) -> np.ndarray:
     """Palette indices of PNGs, uint8 (T, H, W). Raises DataError for a damaged file, another mode, another size than `size`."""
     masks = []
     for path in paths:
-        masks.append(_indices(path))
+        masks.append(decode_png(path))
         if masks[-1].shape != tuple(size):
             here = masks[-1].shape
             raise DataError(f"{path}: {here[1]}x{here[0]}, its frame {size[1]}x{size[0]}; both must have one size; copy it again")
     return np.stack(masks)
 
 
-def _indices(path: Path) -> np.ndarray:
+def decode_png(path: Path, modes: tuple[str, ...] = ("P",)) -> np.ndarray:
+    """Pixels as they are stored; a palette picture gives its indices. Raises DataError for damage and for any other mode."""
     try:
         data = path.read_bytes()
         with Image.open(io.BytesIO(data), formats=["PNG"]) as picture:
@@ -111,9 +114,11 @@ def _indices(path: Path) -> np.ndarray:
         with Image.open(io.BytesIO(data), formats=["PNG"]) as picture:
             mode, pixels = picture.mode, np.array(picture)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}: unreadable PNG, {error}; copy the file again") from error
-    if mode != "P":
-        raise DataError(f"{path}: a PNG of mode {mode}; palette indices (mode P) are needed; copy the file again")
+        reason = "file not found" if isinstance(error, FileNotFoundError) else str(error)
+        raise DataError(f"{path}: unreadable PNG, {reason}; copy the file again") from error
+    if mode not in modes:
+        wanted = "palette indices (mode P)" if modes == ("P",) else " or ".join(modes)
+        raise DataError(f"{path}: a PNG of mode {mode}; {wanted} are needed; copy the file again")
     return pixels
 
 

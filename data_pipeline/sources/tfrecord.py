@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import google_crc32c
 import numpy as np
+from awscrt.checksums import crc32c
 
 from data_pipeline.errors import DataError
 
@@ -37,7 +37,7 @@ class Record(NamedTuple):
 
 def masked_crc(data: bytes) -> int:
     """CRC-32C in the rotated form that TFRecord stores."""
-    crc = google_crc32c.value(data)
+    crc = crc32c(data)
     return (((crc >> 15) | (crc << 17)) + MASK_DELTA) & 0xFFFFFFFF
 
 

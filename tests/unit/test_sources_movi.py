@@ -328,6 +328,8 @@ def test_every_member_of_the_source_group_composes(member, values):
 def test_no_file_of_the_source_group_is_forgotten():
     folder = Path(__file__).resolve().parents[2] / "configs" / "source"
     known = {"movi", "movi_c", "movi_e", "ytvis", "ytvis2021", "synthetic", "davis2017", "ovis", "coco2017"}
+    known |= {"voc2012", "clevrtex", "official_shards", "official_ytvis", "official_coco", "video_files", "images"}
+    known |= {"physics_movi_c", "physics_movi_e"}
     assert {path.stem for path in folder.glob("*.yaml")} == known
 
 
