@@ -22,6 +22,7 @@ RECORDED_PREFIXES = ("CUDA", "DS_", "GLOO_", "HYDRA_", "LC_", "MKL_", "NCCL_", "
 RECORDED_NAMES = ("LANG", "LD_LIBRARY_PATH", "LD_PRELOAD", "PATH", "TERM", "VIRTUAL_ENV")
 SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|PASSPHRASE|CREDENTIAL|AUTH|COOKIE|PRIVATE|JWT|SIGNATURE", re.IGNORECASE)
 LOGIN_IN_URL = re.compile(r"(\w+://)[^/@\s]+@")
+QUERY_IN_URL = re.compile(r"(\w+://[^?\s,\]}]*)\?[^\s,\]}]+")  # an access token often stands there
 HIDDEN = "<hidden>"
 
 
@@ -117,11 +118,11 @@ def clean_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def clean_word(word: str) -> str:
-    """A command-line word without the value of a key that sounds secret and without a login in a URL."""
+    """A command-line word without the value of a key that sounds secret, and without a URL's login and query."""
     key, equals, _ = word.partition("=")
     if equals and SECRET.search(key.rpartition(".")[2]):
         return f"{key}={HIDDEN}"
-    return LOGIN_IN_URL.sub(rf"\1{HIDDEN}@", word)
+    return QUERY_IN_URL.sub(rf"\1?{HIDDEN}", LOGIN_IN_URL.sub(rf"\1{HIDDEN}@", word))
 
 
 def git_state(root: Path = ROOT) -> dict[str, Any] | None:

@@ -19,10 +19,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from data_pipeline.errors import ConfigError
 from data_pipeline.files import write_atomically
+from data_pipeline.remote.address import without_secrets
 from trainer.config import RunConfig
 
 FIXED = ("seed", "data", "model", "objective", "optim")  # what a run may not change under way
-FREE = {"data.root", "data.read_threads", "data.prefetch_steps", "data.max_skip_fraction"}  # the index's hash guards the stream
+# The index's hash guards the stream, whichever way its shards come.
+FREE = {"data.root", "data.remote", "data.read_threads", "data.prefetch_steps", "data.max_skip_fraction"}
 PACKAGES = ("torch", "deepspeed", "webdataset", "ray", "submitit", "hydra-core", "xformers", "prometheus-client", "numpy")
 
 
@@ -40,14 +42,14 @@ def attempt_of(run: Path) -> int:
 
 
 def prepare(run: Path, config: RunConfig, attempt: int) -> None:
-    """Make the folder; write config.yaml and provenance.json. Rank 0 alone calls it.
+    """Make the folder; write config.yaml and provenance.json, without the secrets that URLs may carry. Rank 0 alone calls it.
 
     Raises ConfigError when the folder holds a run with other settings that has a checkpoint already.
     """
     (run / "attempts" / str(attempt)).mkdir(parents=True, exist_ok=True)
     if (run / "config.yaml").is_file() and any((run / "checkpoints").glob("step_*")):
         _refuse_other_settings(run, config)
-    text = OmegaConf.to_yaml(OmegaConf.structured(config))
+    text = without_secrets(OmegaConf.to_yaml(OmegaConf.structured(config)))
     write_atomically(run / "config.yaml", text)
     record = _provenance(config, attempt)
     write_atomically(run / "attempts" / str(attempt) / "provenance.json", json.dumps(record, indent=1))
@@ -70,11 +72,15 @@ def read_config(run: Path) -> RunConfig:
 def _refuse_other_settings(run: Path, config: RunConfig) -> None:
     before, now = _flat(asdict(read_config(run))), _flat(asdict(config))
     for key in sorted(before.keys() | now.keys()):
-        if key.split(".")[0] in FIXED and key not in FREE and before.get(key) != now.get(key):
+        if key.split(".")[0] in FIXED and not _is_free(key) and before.get(key) != now.get(key):
             raise ConfigError(
                 f"{key}={now.get(key)}, but run {run} was begun with {before.get(key)} and has checkpoints; "
                 "a run goes on with its settings; choose another name=..., or set the old value"
             )
+
+
+def _is_free(key: str) -> bool:
+    return key in FREE or key.rpartition(".")[0] in FREE
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -86,7 +92,7 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _provenance(config: RunConfig, attempt: int) -> dict[str, Any]:
     return {
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": [Path(sys.argv[0]).name, *map(without_secrets, sys.argv[1:])],
         "attempt": attempt,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "seed": config.seed,

@@ -1,0 +1,91 @@
+"""Fetching: bytes of one object behind a URL, in one answer of a server. Part of data_pipeline.remote.
+
+Comes in: the URL of a split. Goes out: a Body for each request, or an error that says whether another attempt can help. A scheme
+is a function in FETCHERS; the libraries it needs are imported when it is first used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Protocol
+from urllib.parse import urlsplit
+
+from data_pipeline.config import RemoteConfig
+from data_pipeline.errors import FetchError, unknown_name
+
+
+class Broken(Exception):
+    """An answer that another attempt may better: no connection, a busy server, a body that ended early."""
+
+    def __init__(self, reason: str, wait_s: float = 0.0) -> None:
+        super().__init__(reason)
+        self.wait_s = wait_s  # what the server asked for
+
+
+class NotFound(FetchError):
+    """There is no such object."""
+
+
+class NotModified(Exception):
+    """The object is still the one whose tag was given."""
+
+
+class Body(Protocol):
+    """An object's bytes from `start` on, as they arrive. A context manager: leaving it gives the connection back."""
+
+    start: int
+    total: int | None  # bytes of the whole object, where the server says so
+    tag: str | None  # changes when the object changes: its ETag, else its time of modification
+    content_type: str
+
+    def __enter__(self) -> Body: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+    def chunks(self) -> Iterator[bytes]:
+        """Raises Broken when the connection fails or stalls. A body may also just end early: count."""
+
+
+class Fetcher(Protocol):
+    """Safe to use from several threads."""
+
+    def open(self, name: str, start: int = 0, stop: int | None = None, tag: str | None = None, known: str | None = None) -> Body:
+        """Ask for bytes [start, stop) of an object below the root.
+
+        The server may send more: look at `start` of the body. `tag`: only if the object is still that one. `known`: only if it
+        is not that one any more. Raises Broken, NotModified, FetchError.
+        """
+
+    def where(self, name: str) -> str:
+        """The object's address for messages, without secrets."""
+
+    def close(self) -> None: ...
+
+
+def open_fetcher(root: str, config: RemoteConfig) -> Fetcher:
+    """The fetcher for objects below a URL. Raises ConfigError for an unknown scheme."""
+    scheme = urlsplit(root).scheme
+    if scheme not in FETCHERS:
+        raise unknown_name("data.root: scheme", scheme, [*FETCHERS, "file"])
+    return FETCHERS[scheme](root, config)
+
+
+def _http(root: str, config: RemoteConfig) -> Fetcher:
+    from data_pipeline.remote.fetch_http import HttpFetcher
+
+    return HttpFetcher(root, config)
+
+
+def _s3(root: str, config: RemoteConfig) -> Fetcher:
+    from data_pipeline.remote.fetch_s3 import s3_fetcher
+
+    return s3_fetcher(root, config)
+
+
+def _gs(root: str, config: RemoteConfig) -> Fetcher:
+    from data_pipeline.remote.fetch_s3 import gs_fetcher
+
+    return gs_fetcher(root, config)
+
+
+FETCHERS: dict[str, Callable[[str, RemoteConfig], Fetcher]] = {"http": _http, "https": _http, "s3": _s3, "gs": _gs}
