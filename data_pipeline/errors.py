@@ -14,6 +14,10 @@ class DataError(ValueError):
     """A file or a sample is missing, damaged or of another kind than the settings say."""
 
 
+class FetchError(DataError):
+    """An object behind a URL cannot be had, or not as the index describes it. No sample is skipped for that: the run stops."""
+
+
 class StateError(RuntimeError):
     """The world or a run's state is not what it must be: a damaged checkpoint, a full disk, a loss that is not finite."""
 

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
 import threading
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from tiny_shards import GRID, SIZE, WIDTH, data_config, flip_byte, sample_features, write_split
+from tiny_shards import GRID, SIZE, WIDTH, data_config, decoded_features, flip_byte, sample_features, write_split
 
 from data_pipeline.batch import ClipBatch
 from data_pipeline.errors import DataError
 from data_pipeline.loader import ClipLoader, VideoLoader
 from data_pipeline.order import World
+from data_pipeline.shard_files import LocalFiles
 from data_pipeline.shards import DatasetIndex
 
 FRAMES = [[4, 6, 1], [8, 5], [2, 3, 7]]  # one video is shorter than a clip of 2 frames
 SHORT_ID = 2
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -120,6 +127,133 @@ def test_batches_are_not_overwritten_by_later_ones(root: Path) -> None:
         for _ in range(6):
             next(loader)
         assert torch.equal(batch.features, copy)
+
+
+@pytest.mark.parametrize("keep", ["tensor", "row", "array"])
+def test_any_view_of_a_batch_keeps_its_memory(root: Path, keep: str) -> None:
+    with ClipLoader(data_config(root), World(), seed=0, global_batch=4) as loader:
+        next(loader)
+        batch = next(loader)
+        kept = {"tensor": batch.features, "row": batch.features[3], "array": batch.features[1:].numpy()}[keep]
+        copy = torch.as_tensor(kept).clone()
+        del batch
+        for _ in range(8):
+            next(loader)
+        assert torch.equal(torch.as_tensor(kept), copy)
+
+
+def test_memory_of_a_batch_that_nobody_holds_is_used_again(root: Path) -> None:
+    with ClipLoader(data_config(root, prefetch_steps=2), World(), seed=0, global_batch=4) as loader:
+        places = {next(loader).features.data_ptr() for _ in range(30)}
+        assert len(places) <= 5
+        held = [next(loader).features for _ in range(9)]
+        assert len({features.data_ptr() for features in held}) == 9
+
+
+@pytest.mark.parametrize("codec", ["int8", "float16", "float32"])
+@pytest.mark.parametrize("read", ["mmap", "pread"])
+def test_batches_carry_stored_bytes_and_decode_them(tmp_path: Path, codec: str, read: str) -> None:
+    write_split(tmp_path, frames=FRAMES, codec=codec, pictures=False)
+    config = data_config(tmp_path, codec=codec, read=read, views=["center"])
+    for batch in take(ClipLoader(config, World(), seed=0, global_batch=4), 4):
+        if codec == "int8":
+            assert batch.features.dtype == torch.uint8 and batch.features.shape == (4, 2, (2 + WIDTH) * 6)
+        decoded = batch.to(torch.device("cpu")).decoded()
+        for key, start, values in zip(batch.keys, batch.starts, decoded, strict=True):
+            frames = FRAMES[int(key[6])][int(key[8])]
+            np.testing.assert_array_equal(values.numpy(), decoded_features(key, frames, "center", codec)[start : start + 2])
+        for part, expected in zip(batch.split(2), decoded.split(2), strict=True):
+            assert part.size == 2 and torch.equal(part.decoded(), expected)
+            assert (part.statistics is not None) == (codec == "int8")
+
+
+def test_evaluation_decodes_int8(tmp_path: Path) -> None:
+    write_split(tmp_path, "validation", frames=[[3, 4]], codec="int8")
+    with VideoLoader(data_config(tmp_path), World()) as loader:
+        for batch, frames in zip(loader, (3, 4), strict=True):
+            assert batch.features.shape[1] == frames
+            np.testing.assert_array_equal(batch.decoded()[0].numpy(), decoded_features(batch.keys[0], frames, "center", "int8"))
+
+
+def test_another_codec_than_asked_for_is_refused(root: Path) -> None:
+    with pytest.raises(
+        DataError, match="data.codec=int8, but the shards hold float16; .* build the shards again with codec=int8"
+    ):
+        ClipLoader(data_config(root, codec="int8"), World(), seed=0, global_batch=2)
+
+
+@pytest.mark.parametrize("codec", ["int8", "float16"])
+def test_only_the_window_of_a_clip_is_read(tmp_path: Path, codec: str) -> None:
+    """Clips of 4 of 24 frames: as many bytes are read as are handed out, no more."""
+    write_split(tmp_path, frames=[[24] * 3] * 2, codec=codec, pictures=False)
+    loader = ClipLoader(data_config(tmp_path, clip_len=4, prefetch_steps=1), World(), seed=0, global_batch=3)
+    delivered = sum(batch.features.nbytes for batch in itertools.islice(loader, 7))
+    while loader.queue_depth() < 1:  # the eighth is read ahead
+        time.sleep(1e-3)
+    loader.close()
+    assert loader.bytes_read == delivered / 7 * 8
+
+
+def test_memory_does_not_grow_over_epochs(tmp_path: Path) -> None:
+    """A process of its own: resident memory after 10 epochs and after 30 more."""
+    write_split(tmp_path, frames=[[16] * 5] * 8, codec="int8", pictures=False)
+    script = """
+import sys
+from tiny_shards import data_config
+from data_pipeline.loader import ClipLoader
+from data_pipeline.order import World
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1])
+
+loader = ClipLoader(data_config(sys.argv[1], clip_len=4), World(), seed=0, global_batch=8)
+for step in range(40 * loader.steps_per_epoch):
+    if step == 10 * loader.steps_per_epoch:
+        before = resident()
+    next(loader).decoded()
+print((resident() - before) / before)
+loader.close()
+"""
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "tests" / "unit")]), OMP_NUM_THREADS="1")
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert float(result.stdout) < 0.02
+
+
+class Watched(LocalFiles):
+    """Remembers what it was told to fetch, and what had been read by then."""
+
+    def __init__(self, folder: Path, index: DatasetIndex) -> None:
+        super().__init__(folder, index)
+        self.told: list[int] = []
+        self.read: list[int] = []
+
+    def prefetch(self, shards: Sequence[int]) -> None:
+        self.told += shards
+
+    def read_into(self, shard: int, offset: int, buffer: memoryview) -> int:
+        assert shard in self.told
+        self.read.append(shard)
+        return super().read_into(shard, offset, buffer)
+
+
+@pytest.mark.parametrize("world", [World(), World(1, 2)])
+def test_files_hear_of_shards_before_they_are_read_nearest_first(tmp_path: Path, world: World, monkeypatch) -> None:
+    monkeypatch.setattr("data_pipeline.store.LocalFiles", lambda folder, index, read: Watched(folder, index))
+    write_split(tmp_path, frames=[[2] * 3] * 12, pictures=False)
+    config = data_config(tmp_path, block_shards=2, lanes=2, read_threads=1)
+    loader = ClipLoader(config, world, seed=0, global_batch=4)
+    steps = loader.steps_per_epoch
+    files = loader.dataset.files
+    assert isinstance(files, Watched)
+    next(loader)
+    assert 4 <= len(set(files.told)) == len(files.told) < 12  # some way ahead, not the whole epoch; each once
+    for _ in range(steps - 1):
+        next(loader)
+    loader.close()
+    first_read = list(dict.fromkeys(files.read))
+    assert list(dict.fromkeys(files.told))[: len(first_read)] == first_read
 
 
 def test_other_seeds_give_other_batches(root: Path) -> None:

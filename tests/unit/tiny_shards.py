@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.codec import CODECS, CodecError
+from data_pipeline.codec import CODECS, ChannelStatistics, CodecError, fit_statistics
 from data_pipeline.config import DataConfig
 from data_pipeline.shards import DatasetIndex, EncodedSample, ShardWriter, encode_image, shard_name, write_sidecar
 
@@ -22,8 +22,24 @@ def sample_features(key: str, num_frames: int, view: str, width: int = WIDTH) ->
     return np.random.default_rng(seed).normal(size=(num_frames, GRID[0] * GRID[1], width)).astype(np.float32)
 
 
+def statistics(codec: str) -> ChannelStatistics | None:
+    """What the codec needs; fitted on a few samples, as a build does."""
+    if not CODECS[codec].needs_statistics:
+        return None
+    return fit_statistics(sample_features(f"fit {number}", 4, "center").reshape(-1, WIDTH) for number in range(3))
+
+
+def stored_features(key: str, num_frames: int, view: str, codec: str = "float16") -> np.ndarray:
+    return CODECS[codec].encode(sample_features(key, num_frames, view), statistics(codec))
+
+
+def decoded_features(key: str, num_frames: int, view: str, codec: str = "float16") -> np.ndarray:
+    """What a reader must get. Shapes: float32 (T, P, E)."""
+    return CODECS[codec].decode(stored_features(key, num_frames, view, codec), statistics(codec))
+
+
 def make_sample(
-    key: str, num_frames: int, views: Sequence[str] = VIEWS, codec: str = "float16", frames: str = "png"
+    key: str, num_frames: int, views: Sequence[str] = VIEWS, codec: str = "float16", frames: str = "png", pictures: bool = True
 ) -> EncodedSample:
     random = np.random.default_rng(num_frames)
     pixels = random.integers(0, 256, (num_frames, *SIZE, 3), dtype=np.uint8)
@@ -33,16 +49,21 @@ def make_sample(
         num_frames=num_frames,
         size=SIZE,
         num_instances=3,
-        features={view: CODECS[codec].encode(sample_features(key, num_frames, view)) for view in views},
+        features={view: stored_features(key, num_frames, view, codec) for view in views},
         image_suffix=frames,
-        images=[encode_image(frame, frames) for frame in pixels],
-        ids=[encode_image(frame, "png") for frame in ids],
+        images=[encode_image(frame, frames) for frame in pixels] if pictures else None,
+        ids=[encode_image(frame, "png") for frame in ids] if pictures else None,
         metadata={"fps": 12, "name": key},
     )
 
 
 def write_split(
-    root: Path, split: str = "train", frames: Sequence[Sequence[int]] = ((4, 6), (8,)), codec: str = "float16", **features: Any
+    root: Path,
+    split: str = "train",
+    frames: Sequence[Sequence[int]] = ((4, 6), (8,)),
+    codec: str = "float16",
+    pictures: bool = True,
+    **features: Any,
 ) -> Path:
     """`frames[shard]` lists the number of frames of each sample of a shard. Returns the split's folder."""
     folder = root / split
@@ -52,7 +73,7 @@ def write_split(
         error = CodecError(WIDTH)
         with ShardWriter(folder / shard_name(split, number)) as shard:
             for row, length in enumerate(lengths):
-                shard.add(make_sample(f"video-{number}_{row}", length, codec=codec))
+                shard.add(make_sample(f"video-{number}_{row}", length, codec=codec, pictures=pictures))
         sidecars.append(write_sidecar(shard.path, shard, settings="test", skipped=[], codec_error=error.to_json()))
     made = {
         "extractor": "fake",
@@ -66,6 +87,8 @@ def write_split(
         "codec": codec,
         "views": list(VIEWS),
     } | features
+    if (fitted := statistics(codec)) is not None:
+        made["statistics"] = fitted.to_json()
     dataset = {"source": "fake", "split": split, "background_labelled": True}
     DatasetIndex.merge(sidecars, dataset, made, None).save(folder)
     return folder
