@@ -19,19 +19,19 @@ class LaunchError(ValueError):
 @dataclass(frozen=True)
 class Job:
     module: str  # run as python -m MODULE
-    single: bool = False  # True: one process, whatever the machine offers
+    tells_plan: bool = False  # True: with --dry-run it says what it would do
 
 
 JOBS = {
     "train": Job("trainer.main"),
     "evaluate": Job("trainer.evaluate"),
-    "build-shards": Job("data_pipeline.build", single=True),
+    "build-shards": Job("data_pipeline.build", tells_plan=True),
 }
 BACKEND_NAMES = ("auto", "local", "slurm", "ray")
 
 HELP = """Start a job on N nodes, watch it, and leave nothing behind.
 
-  JOB        train (default), evaluate or build-shards
+  JOB        train (default), evaluate or build-shards; or plan: what a run would need, starts nothing (plan --help)
   key=value  everything after the flags goes to the job as it is: experiment=ssync_movi_c optim.lr=1e-3 ...
 
 The run folder is RUNS/NAME: NAME from name=..., else from experiment=..., else "run". Each start is an attempt in it:
@@ -65,11 +65,6 @@ class LaunchConfig:
         gpus, ranks = self.gpus_per_node, self.ranks_per_node
         if gpus and ranks and gpus != ranks:
             raise LaunchError(f"--gpus-per-node {gpus} with --ranks-per-node {ranks}; a GPU serves one rank; leave one out")
-        if JOBS[self.job].single and (self.nodes > 1 or (ranks or 1) > 1) and not self.command:
-            raise LaunchError(
-                f"{self.job} on {self.nodes} nodes x {ranks or 1} ranks; it runs as one process; "
-                "leave out --nodes and --ranks-per-node"
-            )
 
     @property
     def job_command(self) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -17,9 +18,10 @@ from typing import Any
 if __package__ in (None, ""):  # run as a file: the folder cluster/ must not be where modules are looked for
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from cluster import plan as planner
 from cluster.backends import BACKENDS, NodeHandle, choose_backend
-from cluster.config import LaunchConfig, LaunchError, override_value, parse
-from cluster.layout import NodeTask, describe, gpu_ids, headline, node_tasks, usable_cores
+from cluster.config import JOBS, LaunchConfig, LaunchError, override_value, parse
+from cluster.layout import NodeTask, checkout_path, describe, gpu_ids, headline, node_tasks, usable_cores
 from cluster.processes import Port, SignalPipe, exit_of, write_json
 from cluster.run_folder import FolderLock, make_attempt, next_attempt, withdraw_targets, write_launch_record
 from cluster.verdict import INTERRUPTED, REQUEUE, SETTLE, RankExit, Verdict, explain, judge, last_lines
@@ -33,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one launch; return its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
+        if planner.is_plan(words):
+            return planner.main(words)
         config = parse(words)
         backend = choose_backend(config.backend)
         return dry_run(config, backend) if config.dry_run else launch(config, backend, words)
@@ -49,9 +53,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def dry_run(config: LaunchConfig, backend: str) -> int:
     port = Port()
     tasks = plan(config, next_attempt(Path(config.run_dir)), port.number)
-    print(describe(tasks, backend, os.environ))
+    print(describe(tasks, backend, os.environ), flush=True)
     port.close()
-    return 0
+    if config.command or not JOBS[config.job].tells_plan:
+        return 0
+    path = checkout_path(os.environ.get("PYTHONPATH"))
+    environment = os.environ if path is None else {**os.environ, "PYTHONPATH": path}
+    return subprocess.run([sys.executable, *config.job_command, "--dry-run"], env=environment).returncode
 
 
 def plan(config: LaunchConfig, attempt: int, master_port: int) -> list[NodeTask]:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.config import JOBS, LaunchConfig, LaunchError
+from cluster.config import LaunchConfig, LaunchError
 
 ROOT = Path(__file__).resolve().parent.parent  # holds cluster/ and, in a checkout, trainer/ and data_pipeline/
 AGENT = ROOT / "cluster" / "agent.py"
@@ -99,7 +99,7 @@ def node_tasks(config: LaunchConfig, *, attempt: int, master_port: int, gpus: Se
     Raises: LaunchError when --gpus-per-node asks for more GPUs than there are.
     """
     per_node = gpus_of_a_node(config, len(gpus))
-    ranks = 1 if JOBS[config.job].single and not config.command else config.ranks_per_node or per_node or 1
+    ranks = config.ranks_per_node or per_node or 1
     return [
         NodeTask(
             node=node,

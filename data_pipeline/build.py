@@ -1,92 +1,100 @@
 """Command: dataset -> shards with features. `python -m data_pipeline.build source=movi root=... out=... features=dinov2_vits14`
 
 Comes in: a source's videos. Goes out: <out>/<split>/{index.json, <split>-000000.tar, ...}, <out>/settings.json, and
-<out>/projection.safetensors where the extractor is fitted on the data. Shards are built in parallel; a build that was stopped
-goes on where it was, and gives the same bytes with any number of workers.
+<out>/projection.safetensors where the extractor is fitted on the data. Shards are built in parallel, by the worker processes of
+this process or of all ranks of a launcher's job; a build that was stopped goes on where it was, and gives the same bytes with any
+number of them.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import fcntl
 import os
-import re
-import shutil
+import signal
 import sys
 import time
-from collections import Counter
-from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from data_pipeline.build_jobs import PROJECTION_NAME, Job, check_skipped, run_jobs
-from data_pipeline.clip import Clip
+from data_pipeline.build_jobs import Maker, Progress, check_skipped, choose_device, run_jobs
+from data_pipeline.build_plan import Job, Split, announce, check_grid, estimate, plan
+from data_pipeline.build_ranks import FolderLock, Place, Stopped, Team, join
+from data_pipeline.build_settings import adopt_settings, prepare_folder, remove_shards, statistics_of, videos_of
 from data_pipeline.codec import CodecError, find_codec
 from data_pipeline.compose import compose, run_command
 from data_pipeline.config import BuildConfig
-from data_pipeline.errors import ConfigError, DataError
-from data_pipeline.files import write_atomically
-from data_pipeline.progress import format_bytes, format_seconds, usable_cores
-from data_pipeline.shards import (
-    INDEX_NAME,
-    DatasetIndex,
-    canonical,
-    digest,
-    read_json,
-    shard_name,
-    verified_sidecar,
-)
-from data_pipeline.views import parse_view, prepare
+from data_pipeline.errors import DataError
+from data_pipeline.progress import Show, format_bytes, format_seconds, progress_line, usable_cores
+from data_pipeline.shards import INDEX_NAME, DatasetIndex, read_json, sidecar_path, verified_sidecar
+from data_pipeline.views import parse_view
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-TRAIN_SPLIT = "train"
-SETTINGS_NAME = "settings.json"
-EVAL_VIEWS = ("center",)
+REQUEUE = 75  # exit code: stopped when asked to; run again to go on
+NETWORK_FILES_S = 90.0  # how long a machine may go on seeing an older list of a network folder's files
+SHOWN_SKIPS = 20
 
 HELP = """\
-usage: python -m data_pipeline.build [source=NAME] [features=NAME] out=FOLDER [root=FOLDER] [key=value ...]
+usage: python -m data_pipeline.build [--dry-run] [source=NAME] [features=NAME] out=FOLDER [root=FOLDER] [key=value ...]
 
 Reads a dataset's videos, takes patch features of every frame with a frozen extractor, and writes shards:
 <out>/<split>/index.json beside <split>-000000.tar and so on. Run it again to go on after a stop.
+--dry-run says what would be built and how large it would be, and writes nothing.
+On several machines: python cluster/launch.py --nodes N build-shards source=NAME out=FOLDER ...
 
   source=NAME              which dataset: {sources}
   features=NAME            which extractor: {features}
+  features.layer=last_block  of a DINOv2 model: last_block, last_block_keys (VideoSAUR)
   root=FOLDER              where the dataset lies (a generated one needs none)
   out=FOLDER               where the shards go
   splits=[train,validation]
   samples_per_shard=32     videos of a shard
-  codec=float16            how features are stored: float16, float32
+  codec=int8               how features are stored: int8, float16, float32
+  codec_fit_frames=256     training frames that the channel statistics of int8 come from
   frames=jpeg              how frames are kept: jpeg, png, none
   jpeg_quality=95
-  workers=0                processes; 0: one for each usable core
+  workers=0                processes (of each rank); 0: one for each usable core
   limit=N                  only the first N videos of each split
   max_skip_fraction=0.0    share of unreadable videos that may be left out
   overwrite=false          true: start anew although there is something in out
+  check_space=true         false: begin although the shards seem not to fit on the disk
   source.KEY=VALUE, features.KEY=VALUE   settings of the dataset and of the extractor
+Exit code: 0 done, 75 stopped when asked to (run it again to go on), 130 Ctrl-C, 2 a mistake, 1 another rank's failure.
 """
-
-
-@dataclass(frozen=True)
-class Split:
-    """What a split will become."""
-
-    name: str
-    folder: Path
-    num_videos: int
-    jobs: list[Job]
 
 
 def main(argv: list[str]) -> int:
     if {"-h", "--help"} & set(argv):
         print(HELP.format(sources=_members("source"), features=_members("features")), end="")
         return 0
-    build(compose_build(argv))
+    config = compose_build([word for word in argv if word != "--dry-run"])
+    if "--dry-run" in argv:
+        dry_run(config)
+        return 0
+    place = Place.from_environment()
+    try:
+        with _stopped_by(signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP):
+            build(config, place)
+    except Stopped:
+        print("stopped; finished shards are kept; run the same command again to go on", file=sys.stderr, flush=True)
+        return REQUEUE
     return 0
+
+
+@contextlib.contextmanager
+def _stopped_by(*numbers: signal.Signals) -> Any:
+    """These signals raise Stopped, once: what follows is tidying up, which a second one must not cut short."""
+
+    def stop(number: int, frame: Any) -> None:
+        for each in numbers:
+            signal.signal(each, signal.SIG_IGN)
+        raise Stopped
+
+    before = {number: signal.signal(number, stop) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def compose_build(overrides: list[str]) -> BuildConfig:
@@ -96,34 +104,44 @@ def compose_build(overrides: list[str]) -> BuildConfig:
     return compose("build_shards", BuildConfig, overrides, {**SOURCE_SCHEMAS, **FEATURES_SCHEMAS})
 
 
-def build(config: BuildConfig) -> None:
+def dry_run(config: BuildConfig) -> None:
+    """Say what `build` would write, and refuse what it would refuse before its first write."""
+    source, extractor, keys = _open(config)
+    sizes = [estimate(config, source, extractor, split, keys[split]) for split in config.splits]
+    announce(config, extractor, sizes, Path(config.out))
+
+
+def build(config: BuildConfig, place: Place | None = None) -> None:
     """Build every split of `config`. Raises ConfigError or DataError; what is finished by then is kept for the next call."""
+    began = time.monotonic()
+    place = place or Place()
+    if place.world_size > 1:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a rank that is lost is said in one line of ours
+        choose_device(place, worker=0)
+    team = join(place)
+    with team.ending_together():
+        source, extractor, keys = _open(config)
+        out = _make_folder(config.out)
+        with FolderLock(out) as lock:
+            settings = _prepare(config, source, extractor, keys, out, lock, team)
+            maker = Maker(config, source, extractor, statistics_of(settings, extractor.width))
+            splits = [plan(config, settings, split, keys[split], out) for split in config.splits]
+            _build_splits(maker, splits, team, began)
+
+
+def _open(config: BuildConfig) -> tuple[Any, Any, dict[str, list[str]]]:
+    """(source, extractor, keys of each split). Nothing is written before all of them are sound."""
     from data_pipeline.features import build_extractor
     from data_pipeline.sources import build_source
 
-    began = time.monotonic()
     find_codec(config.codec)
     for view in config.source.train_views:
         parse_view(view)
     source = build_source(config.source, config.root)
-    keys = {split: _keys(source, config, split) for split in config.splits}
+    keys = {split: videos_of(source, config, split) for split in config.splits}
     extractor: Any = build_extractor(config.features)
-    _check_grid(config, extractor)
-    out = _make_folder(config.out)
-    with _only_build_in(out):
-        settings = _settings(config, extractor)
-        _check_settings(out, settings, config)
-        if config.overwrite:
-            _clear(out, config.splits)
-        _write_settings(out, settings)
-        if _needs_fit(extractor):
-            _fit(config, source, extractor, out)
-            settings["fingerprint"] = extractor.fingerprint
-            _check_settings(out, settings, config)
-            _write_settings(out, settings)
-        splits = [_plan(config, settings, split, keys[split], out) for split in config.splits]
-        _announce(config, source, extractor, splits)
-        _build_splits(config, source, extractor, splits, began)
+    check_grid(config, extractor)
+    return source, extractor, keys
 
 
 def _make_folder(path: str) -> Path:
@@ -134,223 +152,129 @@ def _make_folder(path: str) -> Path:
     return Path(path)
 
 
-def _needs_fit(extractor: Any) -> bool:
-    return bool(getattr(extractor, "needs_fit", False))
+def _prepare(
+    config: BuildConfig, source: Any, extractor: Any, keys: dict[str, list[str]], out: Path, lock: FolderLock, team: Team
+) -> dict[str, Any]:
+    """Rank 0 readies the folder, alone; the others wait and take over its settings. Returns the settings."""
+    if not team.leads:
+        settings: dict[str, Any] = team.hear("settings")
+        lock.share()
+        adopt_settings(config, extractor, settings, out)
+        return settings
+    lock.take_alone()
+    sizes = [estimate(config, source, extractor, split, keys[split]) for split in config.splits]
+    announce(config, extractor, sizes, out)
+    settings = prepare_folder(config, source, extractor, out)
+    for split in config.splits:
+        (out / split).mkdir(exist_ok=True)
+        remove_shards(out / split, split, first=-(-len(keys[split]) // config.samples_per_shard))
+    lock.share()
+    team.tell("settings", settings)
+    return settings
 
 
-def _keys(source: Any, config: BuildConfig, split: str) -> list[str]:
-    keys = list(source.keys(split))[: config.limit]
-    repeated = sorted(key for key, count in Counter(keys).items() if count > 1)
-    if repeated:
-        raise DataError(
-            f"split {split}: key {repeated[0]} stands for {Counter(keys)[repeated[0]]} videos ({len(repeated)} such keys); "
-            f"a key must be unique; rename the videos"
-        )
-    if not keys:
-        where = config.root or config.source.name
-        raise DataError(f"{where}: split {split} has no videos; at least one is needed; check root and limit")
-    return keys
-
-
-@contextlib.contextmanager
-def _only_build_in(out: Path) -> Iterator[None]:
-    """Two builds in one folder would take each other's temporary files away."""
-    with (out / ".build.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise DataError(f"{out}: another build is writing here; one at a time; wait for it or choose another out") from None
-        yield
-
-
-def _settings(config: BuildConfig, extractor: Any) -> dict[str, Any]:
-    """What must not change between two calls that work on the same folder. The fingerprint of a fitted extractor comes later."""
-    values = dataclasses.asdict(config)
-    for name in ("out", "splits", "workers", "max_skip_fraction", "overwrite"):
-        del values[name]
-    for name in ("weights", "batch_frames"):  # where weights lie does not matter: the fingerprint says which they are
-        values["features"].pop(name, None)
-    values["root"] = None if config.root is None else str(Path(config.root).resolve())
-    if not _needs_fit(extractor):
-        values["fingerprint"] = extractor.fingerprint
-    return values
-
-
-def _check_settings(out: Path, settings: dict[str, Any], config: BuildConfig) -> None:
-    """Refuse to mix shards of two kinds in one folder. `settings` may lack what is not known yet."""
-
-    path = out / SETTINGS_NAME
-    if not path.exists():
-        return
-    remedy = "set overwrite=true to start anew, or choose another out"
-    before, now = _flat(read_json(path, "the settings of a build", remedy)), _flat(settings)
-    changed = [name for name in now if name in before and before[name] != now[name]]
-    if not changed:
-        return
-    name = changed[0]
-    if not config.overwrite:
-        raise ConfigError(f"{name}={now[name]}, but {out} was built with {before[name]}; both must agree; {remedy}")
-    others = sorted(path.parent.name for path in out.glob(f"*/{INDEX_NAME}") if path.parent.name not in config.splits)
-    if others:
-        raise ConfigError(
-            f"{name}={now[name]}, but split {others[0]} in {out} was built with {before[name]} and is not among splits; "
-            f"all splits must be built alike; add it to splits or choose another out"
-        )
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as dotted keys."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat.update(_flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value})
-    return flat
-
-
-def _write_settings(out: Path, settings: dict[str, Any]) -> None:
-    """Before anything else is written, and once more when the extractor's fingerprint is known."""
-
-    path = out / SETTINGS_NAME
-    known = read_json(path, "the settings of a build", "") if path.exists() else {}
-    write_atomically(path, canonical(known | settings))
-
-
-def _clear(out: Path, splits: Iterable[str]) -> None:
-    """Take away an earlier build of `splits`: only files with the names that a build gives."""
-
+def _build_splits(maker: Maker, splits: list[Split], team: Team, began: float) -> None:
+    jobs = [job for split in splits for job in split.jobs]
+    finished, todo = _find_finished(splits, jobs, team)
+    kept = len(finished)
+    for job, sidecar in finished.items():
+        _count_skipped(maker.config, job, sidecar, team)
+    working = time.monotonic()
+    with progress_line(sum(len(job.keys) for job in todo)) if team.leads else contextlib.nullcontext(_show_nothing) as show:
+        shared = _SharedProgress(team, show)
+        with contextlib.closing(run_jobs(maker, todo, team, shared.tick)) as running:
+            for job, sidecar in running:
+                finished[job] = sidecar
+                _count_skipped(maker.config, job, sidecar, team)
+        team.add("done", 1)
+        if not team.leads:
+            return
+        team.wait_until(lambda: team.add("done", 0) == team.place.world_size, "the other ranks", shared.refresh)
+        shared.refresh()
+    speed = shared.frames / max(time.monotonic() - working, 1e-9)
     for split in splits:
-        (out / split / INDEX_NAME).unlink(missing_ok=True)
-        _remove_shards(out / split, split, first=0)
-    (out / SETTINGS_NAME).unlink(missing_ok=True)
-    if not any(out.glob(f"*/{INDEX_NAME}")):  # another split may stand on the same projection
-        (out / PROJECTION_NAME).unlink(missing_ok=True)
+        _write_index(maker, split, [finished.get(job) or _sidecar_of_another_rank(job) for job in split.jobs])
+    _write_card(Path(maker.config.out))
+    print(
+        f"built {len(todo)} shards of {shared.videos} videos, {shared.frames} frames ({speed:.1f} frames/s), kept {kept}; "
+        f"done in {format_seconds(time.monotonic() - began)}",
+        flush=True,
+    )
 
 
-def _remove_shards(folder: Path, split: str, first: int) -> None:
-    """Remove shard files from number `first` on, and what a killed build left under temporary names."""
-    pattern = re.compile(rf"{re.escape(split)}-(\d+)\.(?:tar|json)")
-    for path in folder.glob("*") if folder.is_dir() else ():
-        match = pattern.fullmatch(path.name)
-        if match and int(match[1]) >= first:
-            path.unlink()
-    for path in folder.glob(".*.tmp"):
-        path.unlink()
+class _SharedProgress:
+    """Adds this rank's progress to that of all ranks, and shows the sum."""
+
+    def __init__(self, team: Team, show: Show) -> None:
+        self.videos = self.frames = 0
+        self._team, self._show = team, show
+        self._own = (0, 0)
+
+    def tick(self, progress: Progress) -> None:
+        """Raises when another rank has ended too early."""
+        self._team.check()
+        own, before = (progress.videos.value, progress.frames.value), self._own
+        self._own = own
+        self.refresh(own[0] - before[0], own[1] - before[1])
+
+    def refresh(self, videos: int = 0, frames: int = 0) -> None:
+        self.videos, self.frames = self._team.add("videos", videos), self._team.add("frames", frames)
+        self._show(self.videos, self.frames)
 
 
-def _fit(config: BuildConfig, source: Any, extractor: Any, out: Path) -> None:
-    """Fit the extractor on the first training videos, once; from then on it is read from <out>."""
-    path = out / PROJECTION_NAME
-    if not path.exists():
-        keys = _keys(source, config, TRAIN_SPLIT)[: getattr(config.features, "num_fit_clips", None)]
-        print(f"fitting {extractor.name} on {len(keys)} videos", flush=True)
-        extractor.fit(_fit_clips(config, source, keys))
-        temporary = out / f".{os.getpid()}.{PROJECTION_NAME}"
-        try:
-            extractor.save(temporary)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    extractor.load(path)
+def _show_nothing(videos: int, frames: int) -> None:
+    """Rank 0 shows the progress of all."""
 
 
-def _fit_clips(config: BuildConfig, source: Any, keys: Iterable[str]) -> Iterator[Tensor]:
-
-    for key in keys:
-        with contextlib.suppress(DataError):  # an unreadable video is counted where shards are written
-            yield prepare(source.read(TRAIN_SPLIT, key).frames, "center", config.source.image_size, config.source.resize, key)
-
-
-def _check_grid(config: BuildConfig, extractor: Any) -> None:
-    size, patch = config.source.image_size, extractor.patch_size
-    if size % patch:
-        lower = size // patch * patch
-        raise ConfigError(
-            f"source.image_size={size}; {extractor.name} needs a multiple of its patch size {patch}; "
-            f"set source.image_size to {lower or patch} or {lower + patch}"
-        )
-
-
-def _plan(config: BuildConfig, settings: dict[str, Any], split: str, keys: list[str], out: Path) -> Split:
-    """Which videos stand in which shard: by the source's order alone, so that a skipped video moves no other."""
-
-    folder = out / split
-    folder.mkdir(exist_ok=True)
-    views = tuple(config.source.train_views) if split == TRAIN_SPLIT else EVAL_VIEWS
-    groups = [tuple(keys[first : first + config.samples_per_shard]) for first in range(0, len(keys), config.samples_per_shard)]
-    content = {name: value for name, value in settings.items() if name != "root"}  # a dataset may be moved
-    jobs = [
-        Job(folder / shard_name(split, number), split, group, views, digest([content, split, group, views]), len(keys))
-        for number, group in enumerate(groups)
-    ]
-    _remove_shards(folder, split, first=len(jobs))
-    return Split(split, folder, len(keys), jobs)
-
-
-def _announce(config: BuildConfig, source: Any, extractor: Any, splits: list[Split]) -> None:
-    """Say how much will be written, from the first readable video of each split."""
-
-    patches = (config.source.image_size // extractor.patch_size) ** 2
-    frame_bytes = patches * extractor.width * find_codec(config.codec).stored.itemsize
-    total = 0
-    for split in splits:
-        clip = _first_readable(source, split)
-        if clip is None:
-            continue
-        views = split.jobs[0].views
-        pictures = 0 if config.frames == "none" else clip.frames[0].nbytes // (6 if config.frames == "jpeg" else 2)
-        size = split.num_videos * len(clip.frames) * (len(views) * frame_bytes + pictures)
-        total += size
-        print(
-            f"{split.name}: {split.num_videos} videos of about {len(clip.frames)} frames, views {', '.join(views)}, "
-            f"{patches} patches x {extractor.width} {config.codec}: about {format_bytes(size)} in {len(split.jobs)} shards"
-        )
-    free = shutil.disk_usage(config.out).free
-    print(f"about {format_bytes(total)} in all; {format_bytes(free)} free in {config.out}", flush=True)
-    if total > free:
-        print("warning: the shards may not fit on this disk", file=sys.stderr, flush=True)
-
-
-def _first_readable(source: Any, split: Split, tries: int = 3) -> Clip | None:
-    for key in split.jobs[0].keys[:tries]:
-        with contextlib.suppress(DataError):
-            return source.read(split.name, key)
-    return None
-
-
-def _build_splits(config: BuildConfig, source: Any, extractor: Any, splits: list[Split], began: float) -> None:
-
-    finished = {split.name: _finished(split.jobs) for split in splits}
-    todo = [job for split in splits for job in split.jobs if job.path not in finished[split.name]]
-    kept = sum(map(len, finished.values()))
-    if kept:
-        print(f"{kept} finished shards verified and kept", flush=True)
-    for split in splits:
-        if any(job.split == split.name for job in todo):
+def _find_finished(splits: list[Split], jobs: list[Job], team: Team) -> tuple[dict[Job, dict[str, Any]], list[Job]]:
+    """(on rank 0: side-cars of the shards that need no work, the other shards). Every rank hashes its part of what is there."""
+    place = team.place
+    mine = jobs[place.rank :: place.world_size]
+    with ThreadPoolExecutor(min(4, usable_cores())) as pool:  # hashing releases the interpreter
+        sidecars = list(pool.map(lambda job: verified_sidecar(job.path, job.settings), mine))
+    own = {job: sidecar for job, sidecar in zip(mine, sidecars, strict=True) if sidecar is not None}
+    team.tell(f"sound shards, part {place.rank}", [number for number, job in enumerate(jobs) if job in own])
+    if not team.leads:
+        return {}, [jobs[number] for number in team.hear("shards to build")]
+    sound = {number for rank in range(place.world_size) for number in team.hear(f"sound shards, part {rank}", rank)}
+    todo = [number for number in range(len(jobs)) if number not in sound]
+    for split in splits:  # an index never names a shard that is being replaced
+        if any(jobs[number].split == split.name for number in todo):
             (split.folder / INDEX_NAME).unlink(missing_ok=True)
-    skipped = {split.name: [skip for done in finished[split.name].values() for skip in done["skipped"]] for split in splits}
-    for split in splits:
-        check_skipped(config, split.name, skipped[split.name], split.num_videos)
-    with contextlib.closing(run_jobs(config, source, extractor, todo)) as running:
-        for job, sidecar in running:
-            finished[job.split][job.path] = sidecar
-            skipped[job.split] += sidecar["skipped"]
-            check_skipped(config, job.split, skipped[job.split], job.num_videos)
-    for split in splits:
-        _write_index(config, source, extractor, split, finished[split.name])
-    print(f"done in {format_seconds(time.monotonic() - began)}", flush=True)
+    team.tell("shards to build", todo)
+    if sound:
+        print(f"{len(sound)} finished shards verified and kept", flush=True)
+    kept = [jobs[number] for number in sorted(sound)]
+    return {job: own.get(job) or _sidecar_of_another_rank(job) for job in kept}, [jobs[number] for number in todo]
 
 
-def _finished(jobs: list[Job]) -> dict[Path, dict[str, Any]]:
-    """Side-cars of the shards that need no work. Every byte is hashed: in threads, since hashing releases the interpreter."""
+def _sidecar_of_another_rank(job: Job) -> dict[str, Any]:
+    """It is there: that rank said so. But a network file system may show this machine an older state for a while."""
+    deadline = time.monotonic() + NETWORK_FILES_S
+    while True:
+        try:
+            sidecar = read_json(sidecar_path(job.path), "the side-car of a finished shard", "run the same command again")
+            if sidecar.get("settings") == job.settings:
+                return sidecar
+            problem = DataError(f"{sidecar_path(job.path)}: of other settings; does another build write here? run it again")
+        except DataError as error:
+            problem = error
+        if time.monotonic() >= deadline:
+            raise problem
+        time.sleep(0.5)
 
-    with ThreadPoolExecutor(min(4, usable_cores())) as pool:
-        sidecars = pool.map(lambda job: verified_sidecar(job.path, job.settings), jobs)
-        return {job.path: sidecar for job, sidecar in zip(jobs, sidecars, strict=True) if sidecar is not None}
+
+def _count_skipped(config: BuildConfig, job: Job, sidecar: dict[str, Any], team: Team) -> None:
+    """Add a shard's unreadable videos to those of all ranks. Raises DataError beyond the limit."""
+    if sidecar["skipped"]:
+        count = team.add(f"skipped videos of {job.split}", len(sidecar["skipped"]))
+        check_skipped(config, job.split, sidecar["skipped"][0], count, job.num_videos)
 
 
-def _write_index(config: BuildConfig, source: Any, extractor: Any, split: Split, finished: dict[Path, dict[str, Any]]) -> None:
-
-    sidecars = [finished[job.path] for job in split.jobs]
+def _write_index(maker: Maker, split: Split, sidecars: list[dict[str, Any]]) -> None:
+    config, extractor = maker.config, maker.extractor
     grid = config.source.image_size // extractor.patch_size
+    quality = CodecError.report(sidecar["codec_error"] for sidecar in sidecars)
     features = {
         "extractor": extractor.name,
         "layer": extractor.layer,
@@ -361,21 +285,37 @@ def _write_index(config: BuildConfig, source: Any, extractor: Any, split: Split,
         "resize": config.source.resize,
         "fingerprint": extractor.fingerprint,
         "codec": config.codec,
-        "views": list(split.jobs[0].views),
+        "statistics": None if maker.statistics is None else maker.statistics.to_json(),
+        "quality": quality,
+        "views": list(split.views),
     }
-    dataset = {"source": config.source.name, "split": split.name, "background_labelled": bool(source.background_labelled)}
-    error = CodecError.merge(sidecar["codec_error"] for sidecar in sidecars)
-    index = DatasetIndex.merge(sidecars, dataset, features, error)
+    dataset = {"source": config.source.name, "split": split.name, "background_labelled": bool(maker.source.background_labelled)}
+    index = DatasetIndex.merge(sidecars, dataset, features, quality["err_std"])
     index.save(split.folder)
+    _say_split(index, split.name, quality)
+
+
+def _say_split(index: DatasetIndex, name: str, quality: dict[str, Any]) -> None:
     size = sum(int(shard["bytes"]) for shard in index.shards)
+    error, kept = quality["err_std"], quality["nearest_neighbour"]
     shown = "not measured" if error is None else f"{error:.2g} of a channel's deviation"
+    shown += "" if kept is None else f", {kept:.1%} of nearest neighbours kept"
     print(
-        f"{split.name}: {len(index.samples)} videos, {sum(sample.frames for sample in index.samples)} frames, "
+        f"{name}: {len(index.samples)} videos, {sum(sample.frames for sample in index.samples)} frames, "
         f"{format_bytes(size)} in {len(index.shards)} shards, {len(index.skipped)} videos skipped, "
-        f"error of codec {config.codec}: {shown}, version {index.version[:12]}"
+        f"error of codec {index.features['codec']}: {shown}, version {index.version[:12]}"
     )
-    for skip in index.skipped:
+    for skip in index.skipped[:SHOWN_SKIPS]:
         print(f"  skipped {skip['key']}: {skip['reason']}")
+    if len(index.skipped) > SHOWN_SKIPS:
+        print(f"  ... and {len(index.skipped) - SHOWN_SKIPS} more: skipped in {name}/{INDEX_NAME}")
+
+
+def _write_card(out: Path) -> None:
+    """A page about the dataset beside its shards."""
+    from data_pipeline.card import write_card
+
+    write_card(out)
 
 
 def _members(group: str) -> str:

@@ -1,6 +1,7 @@
 """Build jobs: one shard each, run here or in worker processes. Part of data_pipeline.build.
 
-Comes in: shards to be built. Goes out: their side-cars, as they are finished; the first failure stops all.
+Comes in: the shards to be built, and the team that takes them one after another. Goes out: the side-cars of those that this rank
+took, as they are finished; the first failure stops all.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Generator
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,45 +20,43 @@ from typing import Any
 
 import numpy as np
 
+from data_pipeline.build_plan import IMAGE_SUFFIXES, Job
+from data_pipeline.build_ranks import FolderLock, Place, Team
+from data_pipeline.build_settings import PROJECTION_NAME, needs_fit, one_thread
 from data_pipeline.clip import Clip
-from data_pipeline.codec import CodecError, find_codec
+from data_pipeline.codec import ChannelStatistics, CodecError, find_codec
 from data_pipeline.config import BuildConfig
-from data_pipeline.errors import DataError
-from data_pipeline.progress import progress_line, usable_cores
+from data_pipeline.errors import ConfigError, DataError
+from data_pipeline.progress import usable_cores
 from data_pipeline.shards import EncodedSample, ShardWriter, encode_image, sidecar_path, write_sidecar
 from data_pipeline.views import prepare
-
-PROJECTION_NAME = "projection.safetensors"  # a fitted extractor, in the folder of the build
-
-
-@dataclass(frozen=True)
-class Job:
-    """One shard to be built."""
-
-    path: Path
-    split: str
-    keys: tuple[str, ...]
-    views: tuple[str, ...]
-    settings: str  # hash of all that determines the shard's bytes
-    num_videos: int  # of the whole split
-
 
 Results = Generator[tuple[Job, dict[str, Any]], None, None]  # shards with their side-cars, as they are finished
 
 
-def check_skipped(config: BuildConfig, split: str, skipped: list[dict[str, Any]], total: int) -> None:
+@dataclass(frozen=True)
+class Maker:
+    """All that makes features of a video."""
+
+    config: BuildConfig
+    source: Any
+    extractor: Any
+    statistics: ChannelStatistics | None
+
+
+def check_skipped(config: BuildConfig, split: str, example: dict[str, Any], count: int, total: int) -> None:
     """Raise DataError when more than the allowed share of a split's videos could not be read."""
     limit = config.max_skip_fraction
-    if len(skipped) <= limit * total + 1e-9 and len(skipped) < total:
+    if count <= limit * total + 1e-9 and count < total:
         return
     raise DataError(
-        f"{skipped[0]['reason']} (split {split}, video {skipped[0]['key']}); "
-        f"{len(skipped)} of {total} videos are unreadable so far, limit max_skip_fraction={limit}; "
+        f"{example['reason']} (split {split}, video {example['key']}); "
+        f"{count} of {total} videos are unreadable so far, limit max_skip_fraction={limit}; "
         f"mend the files or raise max_skip_fraction"
     )
 
 
-class _Stopped(Exception):
+class _Dropped(Exception):
     """The build was given up elsewhere; this shard is dropped."""
 
 
@@ -84,24 +83,33 @@ class _Count:
         return contextlib.nullcontext()
 
 
-def build_shard(config: BuildConfig, source: Any, extractor: Any, job: Job, progress: Progress) -> dict[str, Any]:
+def build_shard(maker: Maker, job: Job, progress: Progress) -> dict[str, Any]:
     """Write one shard and its side-car; returns the side-car.
 
     An unreadable video is left out and named; features that cannot be stored stop the build: the next video would fare no better.
     """
+    try:
+        return _build_shard(maker, job, progress)
+    except OSError as error:  # what a disk that is full, gone or read-only says
+        raise DataError(
+            f"{error.filename or job.path}: {error.strerror or error}; the shard was dropped, finished ones are kept; "
+            f"make room or mend the place, then run the same command again"
+        ) from None
 
+
+def _build_shard(maker: Maker, job: Job, progress: Progress) -> dict[str, Any]:
     sidecar_path(job.path).unlink(missing_ok=True)
-    error = CodecError(extractor.width)
+    error = CodecError(maker.extractor.width)
     skipped: list[dict[str, Any]] = []
     with ShardWriter(job.path) as shard:
         for key in job.keys:
             if progress.stop.is_set():
-                raise _Stopped
-            clip = _read(source, job, key, skipped)
+                raise _Dropped
+            clip = _read(maker.source, job, key, skipped)
             if clip is not None:
-                shard.add(_encode(config, extractor, job, clip, error))
+                shard.add(_encode(maker, job, clip, error))
             else:
-                check_skipped(config, job.split, skipped, job.num_videos)
+                check_skipped(maker.config, job.split, skipped[0], len(skipped), job.num_videos)
             progress.add(0 if clip is None else clip.num_frames)
     if not shard.samples:
         job.path.unlink()
@@ -119,17 +127,16 @@ def _read(source: Any, job: Job, key: str, skipped: list[dict[str, Any]]) -> Cli
     return clip
 
 
-def _encode(config: BuildConfig, extractor: Any, job: Job, clip: Clip, error: CodecError) -> EncodedSample:
+def _encode(maker: Maker, job: Job, clip: Clip, error: CodecError) -> EncodedSample:
     """A clip as it is stored: features of each view, frames and ids at native size."""
-
-    suffix = {"jpeg": "jpg", "png": "png"}.get(config.frames, "")
-    ids = clip.instance_ids
+    config, ids = maker.config, clip.instance_ids
+    suffix = IMAGE_SUFFIXES[config.frames]
     return EncodedSample(
         key=clip.key,
         num_frames=clip.num_frames,
         size=(int(clip.frames.shape[1]), int(clip.frames.shape[2])),
         num_instances=None if ids is None else int(np.count_nonzero(np.unique(ids))),
-        features={view: _view_features(config, extractor, clip, view, error) for view in job.views},
+        features={view: _view_features(maker, clip, view, error) for view in job.views},
         image_suffix=suffix,
         images=[encode_image(frame, suffix, config.jpeg_quality) for frame in clip.frames] if suffix else None,
         ids=None if ids is None else [encode_image(frame, "png") for frame in ids],
@@ -137,116 +144,159 @@ def _encode(config: BuildConfig, extractor: Any, job: Job, clip: Clip, error: Co
     )
 
 
-def _view_features(config: BuildConfig, extractor: Any, clip: Clip, view: str, error: CodecError) -> np.ndarray:
-    """Shapes: (T, P, E) in the codec's stored dtype."""
+def _view_features(maker: Maker, clip: Clip, view: str, error: CodecError) -> np.ndarray:
+    """Shapes: (T, ...) as the codec lays out a frame."""
     import torch
 
-    codec = find_codec(config.codec)
+    source, codec = maker.config.source, find_codec(maker.config.codec)
     with torch.inference_mode():
-        frames = prepare(clip.frames, view, config.source.image_size, config.source.resize, clip.key)
-        values = extractor(frames).float().cpu().numpy()
-    expected = (clip.num_frames, (config.source.image_size // extractor.patch_size) ** 2, extractor.width)
+        frames = prepare(clip.frames, view, source.image_size, source.resize, clip.key)
+        values = maker.extractor(frames).float().cpu().numpy()
+    expected = (clip.num_frames, (source.image_size // maker.extractor.patch_size) ** 2, maker.extractor.width)
     assert values.shape == expected, (values.shape, expected)
     try:
-        stored = codec.encode(values)
+        stored = codec.encode(values, maker.statistics)
     except DataError as problem:
         raise DataError(f"video {clip.key}, view {view}: {problem}") from None
-    error.add(values, codec.decode(stored))
+    error.add(values, codec.decode(stored, maker.statistics), stored.nbytes)
     return stored
 
 
-def run_jobs(config: BuildConfig, source: Any, extractor: Any, jobs: list[Job]) -> Results:
-    """Build `jobs`, yielding each as it is finished. The first failure stops all of them."""
-    if not jobs:
-        return
-    num_workers = min(config.workers or _default_workers(), len(jobs))
-    total = sum(len(job.keys) for job in jobs)
-    if num_workers == 1:
-        yield from _run_here(config, source, extractor, jobs, total)
-    else:
-        yield from _run_in_processes(config, jobs, num_workers, total)
+def run_jobs(maker: Maker, jobs: list[Job], team: Team, tick: Callable[[Progress], None]) -> Results:
+    """Build those of `jobs` that this rank takes, yielding each as it is finished. The first failure stops all of them.
+
+    `tick` is called twice a second, and at the end.
+    """
+    share = -(-len(jobs) // team.place.world_size)
+    num_workers = min(maker.config.workers or _default_workers(team.place), share)
+    if num_workers > 1:
+        yield from _run_in_processes(maker, jobs, num_workers, team, tick)
+    elif jobs:
+        yield from _run_here(maker, jobs, team, tick)
 
 
-def _default_workers() -> int:
+def _default_workers(place: Place) -> int:
+    """For each rank of a node its part of the cores."""
     import torch
 
+    cores = max(1, usable_cores() // place.local_world_size)
     # A few processes keep an accelerator busy; each holds its own copy of the model there.
-    return min(usable_cores(), 4 * torch.cuda.device_count() or usable_cores())
+    devices = torch.cuda.device_count()
+    return min(cores, 4 * max(1, devices // place.local_world_size)) if devices else cores
 
 
-def _run_here(config: BuildConfig, source: Any, extractor: Any, jobs: list[Job], total: int) -> Results:
-
+def _run_here(maker: Maker, jobs: list[Job], team: Team, tick: Callable[[Progress], None]) -> Results:
     import torch
 
-    progress, threads = Progress(), torch.get_num_threads()
-    # One thread, as in a worker: sums depend on how they are cut, and a shard's bytes must not depend on the number of workers.
-    torch.set_num_threads(1)
-    try:
-        # A thread, so that the progress line lives while a shard is built.
-        with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            futures = {pool.submit(build_shard, config, source, extractor, job, progress): job for job in jobs}
-            yield from _collect(pool, futures, progress, total)
-    finally:
-        torch.set_num_threads(threads)
+    progress = Progress()
+    with one_thread(), ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        # A thread, so that progress and signals are seen to while a shard is built.
+        yield from _collect(lambda job: pool.submit(build_shard, maker, job, progress), 1, jobs, team, progress, tick)
 
 
-def _run_in_processes(config: BuildConfig, jobs: list[Job], num_workers: int, total: int) -> Results:
-
+def _run_in_processes(maker: Maker, jobs: list[Job], num_workers: int, team: Team, tick: Callable[[Progress], None]) -> Results:
     # spawn: a fork would inherit torch's threads and an accelerator's context in an unknown state.
     context = multiprocessing.get_context("spawn")
     progress = Progress(context)
-    numbers = context.Value("q", 0)
-    with ProcessPoolExecutor(num_workers, context, _start_worker, (config, progress, numbers)) as pool:
-        futures = {pool.submit(_work, job): job for job in jobs}
-        yield from _collect(pool, futures, progress, total)
+    first = (maker.config, maker.statistics, team.place, progress, context.Value("q", 0))
+    with ProcessPoolExecutor(num_workers, context, _start_worker, first) as pool:
+
+        def submit(job: Job) -> Future[dict[str, Any]]:
+            # It may start a process, which inherits what is blocked: Ctrl-C finds it without a handler, and with a traceback.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
+            try:
+                return pool.submit(_work, job)
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+        try:
+            yield from _collect(submit, num_workers, jobs, team, progress, tick)
+        except BaseException:
+            for worker in multiprocessing.active_children():  # at once, also in the middle of a video or of its own start
+                worker.terminate()
+            raise
 
 
-def _collect(pool: Executor, futures: dict[Future[dict[str, Any]], Job], progress: Progress, total: int) -> Results:
-
-    waiting = set(futures)
+def _collect(
+    submit: Callable[[Job], Future[dict[str, Any]]],
+    num_workers: int,
+    jobs: list[Job],
+    team: Team,
+    progress: Progress,
+    tick: Callable[[Progress], None],
+) -> Results:
+    """Keep every worker at one shard; a shard is taken when there is somebody to build it."""
+    claims = _claims(jobs, team)
+    running: dict[Future[dict[str, Any]], Job] = {}
     try:
-        with progress_line(total) as show:
-            while waiting:
-                done, waiting = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
-                show(progress.videos.value, progress.frames.value)
-                for future in sorted(done, key=lambda future: futures[future].path):
-                    yield futures[future], future.result()
+        running |= {submit(job): job for _, job in zip(range(num_workers), claims, strict=False)}
+        while running:
+            done, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
+            tick(progress)
+            finished = [(running.pop(future), future.result()) for future in sorted(done, key=lambda one: running[one].path)]
+            running |= {submit(job): job for _, job in zip(finished, claims, strict=False)}
+            yield from finished
+        tick(progress)
     except BrokenProcessPool:
         raise DataError(
             "a worker process ended without a word; perhaps memory ran out; shards so far are kept; run again with fewer workers"
         ) from None
     finally:
         progress.stop.set()
-        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _claims(jobs: list[Job], team: Team) -> Iterator[Job]:
+    """The next job that no rank has taken, again and again."""
+    while (number := team.add("claimed", 1) - 1) < len(jobs):
+        yield jobs[number]
 
 
 _worker: dict[str, Any] = {}
 
 
-def _start_worker(config: BuildConfig, progress: Progress, numbers: Any) -> None:
-    """Runs once in each worker process."""
+def _start_worker(*settings: Any) -> None:
+    """Runs once in each worker process. An error here would only break the pool: it is kept for the first job."""
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR2):  # may reach the whole group; the parent tells workers to stop
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _on_terminate)
+    _end_with_parent()
+    try:
+        _set_up_worker(*settings)
+    except (ConfigError, DataError, OSError) as error:
+        _worker["error"] = error
 
+
+def _set_up_worker(
+    config: BuildConfig, statistics: ChannelStatistics | None, place: Place, progress: Progress, numbers: Any
+) -> None:
     import torch
 
     from data_pipeline.features import build_extractor
     from data_pipeline.sources import build_source
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent tells workers to stop
-    _end_with_parent()
+    _worker["lock"] = lock = FolderLock(Path(config.out))
+    lock.share()  # as long as it lives: no other build may begin beside it
     torch.set_num_threads(1)
-    if torch.cuda.is_available():
-        with numbers.get_lock():
-            number, numbers.value = numbers.value, numbers.value + 1
-        torch.cuda.set_device(number % torch.cuda.device_count())
+    with numbers.get_lock():
+        worker, numbers.value = numbers.value, numbers.value + 1
+    choose_device(place, worker)
     extractor: Any = build_extractor(config.features)
-    if getattr(extractor, "needs_fit", False):
+    if needs_fit(extractor):
         extractor.load(Path(config.out) / PROJECTION_NAME)
-    _worker.update(config=config, source=build_source(config.source, config.root), extractor=extractor, progress=progress)
+    _worker["maker"] = Maker(config, build_source(config.source, config.root), extractor, statistics)
+    _worker["progress"] = progress
+
+
+def choose_device(place: Place, worker: int) -> None:
+    """Spread the workers of all ranks of a node over its accelerators."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device((place.local_rank + worker * place.local_world_size) % torch.cuda.device_count())
 
 
 def _end_with_parent() -> None:
     """A worker whose parent was killed would wait for work for ever."""
-
     parent = multiprocessing.parent_process()
 
     def watch() -> None:
@@ -258,4 +308,20 @@ def _end_with_parent() -> None:
 
 
 def _work(job: Job) -> dict[str, Any]:
-    return build_shard(_worker["config"], _worker["source"], _worker["extractor"], job, _worker["progress"])
+    if "error" in _worker:
+        raise _worker["error"]
+    try:
+        _worker["building"] = True
+        return build_shard(_worker["maker"], job, _worker["progress"])
+    except SystemExit:
+        os._exit(128 + signal.SIGTERM)  # the pool would take it for the job's result
+    finally:
+        _worker["building"] = False
+
+
+def _on_terminate(number: int, frame: Any) -> None:
+    """The shard in progress is dropped with its temporary file. One that waits may wait for a lock of a dead one: just end."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if not _worker.get("building"):
+        os._exit(128 + signal.SIGTERM)
+    raise SystemExit

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from google_crc32c import value as crc32c_of_bytes
+from awscrt.checksums import crc32c as crc32c_of_bytes
 
 from data_pipeline.errors import DataError
 from data_pipeline.files import replacing, sha256_of, write_atomically
@@ -317,9 +317,12 @@ class DatasetIndex:
     @staticmethod
     def load(folder: Path) -> DatasetIndex:
         """Raises DataError for a missing, cut, foreign or changed index."""
-        path = folder / INDEX_NAME
         remedy = "build the shards with python -m data_pipeline.build, or set data.root to where they are"
-        values = read_json(path, "an index", remedy)
+        return DatasetIndex.parse(read_json(folder / INDEX_NAME, "an index", remedy), str(folder / INDEX_NAME))
+
+    @staticmethod
+    def parse(values: Mapping[str, Any], path: str) -> DatasetIndex:
+        """The index in what its file holds; `path` is for messages. Raises DataError as `load` does."""
         if values.get("format") != INDEX_FORMAT:
             raise DataError(f"{path}: format={values.get('format')!r}; this version reads {INDEX_FORMAT}; build the shards again")
         try:

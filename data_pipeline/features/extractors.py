@@ -10,6 +10,7 @@ from torch import Tensor
 
 from data_pipeline.config import FeaturesConfig
 from data_pipeline.errors import ConfigError, DataError, check_at_least, check_choice
+from data_pipeline.features.vit import LAYERS
 from data_pipeline.features.weights import fingerprint, load_vit
 
 # ImageNet's statistics of RGB in [0, 1], which DINOv2 was trained with.
@@ -27,7 +28,7 @@ _FILE_NAMES = ("model.safetensors", "pytorch_model.bin")
 
 
 class Dinov2Extractor:
-    """Frozen DINOv2 features of the last block; see Extractor for what goes in and out.
+    """Frozen DINOv2 features of the last block, or its keys; see Extractor for what goes in and out.
 
     Differs: `precision=bfloat16` changes the features by their rounding, not the fingerprint, which is the weights'.
     """
@@ -35,7 +36,7 @@ class Dinov2Extractor:
     needs_fit = False
 
     def __init__(self, config: FeaturesConfig, device: torch.device | str | None = None) -> None:
-        check_choice("features.layer", config.layer, ("last_block",))
+        check_choice("features.layer", config.layer, LAYERS)
         check_at_least("features.batch_frames", config.batch_frames, 1)
         self.name = config.name
         self.layer = config.layer
@@ -60,7 +61,7 @@ class Dinov2Extractor:
 
     def _features(self, frames: Tensor) -> Tensor:
         normalised = (frames.to(self.device) - self._mean) / self._std
-        return self._model(normalised).float()
+        return self._model(normalised, self.layer).float()
 
 
 def check_frames(frames: Tensor, patch_size: int, name: str) -> None:

@@ -11,10 +11,11 @@ import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from torch.nn import functional
 
@@ -22,6 +23,7 @@ from data_pipeline.config import PatchFeatures
 from data_pipeline.errors import DataError, check_at_least, check_choice
 from data_pipeline.features.extractors import check_frames
 from data_pipeline.features.slow import SlowProjection, fit_slow
+from data_pipeline.files import write_atomically
 
 NUM_POSITIONS = 6
 _MAX_FIT_PATCHES = 4096  # patches of a clip that the fit looks at: bounds its memory for long clips of large frames
@@ -79,30 +81,15 @@ class PatchExtractor:
         return describe(clip[start : start + count].cpu(), self.patch_size)
 
     def save(self, path: Path) -> None:
-        """Write the projection as safetensors; the same fit gives the same bytes."""
+        """Write the projection as safetensors, whole or not at all; the same fit gives the same bytes."""
         projection = self._fitted()
         # One metadata entry: several would be written in an order that changes from run to run.
         note = json.dumps({"settings": self._settings(), "fingerprint": self._fingerprint}, sort_keys=True)
-        try:
-            save_file(projection.tensors(), path, metadata={_METADATA_KEY: note})
-        except SafetensorError as error:  # what a full or read-only disk is to it
-            raise DataError(f"{path}: the projection could not be written ({error}); free space or choose another out") from None
+        write_atomically(Path(path), save(projection.tensors(), metadata={_METADATA_KEY: note}))
 
     def load(self, path: Path) -> None:
         """Read what `save` wrote. Raises: DataError when it is missing, damaged or of other settings."""
-        if not Path(path).is_file():
-            raise DataError(f"{path} does not exist; the projection fitted at the build is needed; build the shards first")
-        try:
-            with safe_open(path, framework="pt") as file:
-                note = json.loads((file.metadata() or {})[_METADATA_KEY])
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
-            projection = SlowProjection(**tensors)
-            settings, expected = note["settings"], note["fingerprint"]
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(
-                f"{path}: no fitted patch projection ({type(error).__name__}: {str(error)[:120]}); the file is damaged or of "
-                f"another kind; build the shards again"
-            ) from None
+        projection, settings, expected = _read_projection(Path(path))
         if settings != self._settings():
             raise DataError(f"{path}: fitted with {settings}, asked for {self._settings()}; they must be equal; change features")
         self._adopt(projection)
@@ -128,6 +115,29 @@ class PatchExtractor:
     def _settings(self) -> dict[str, float]:
         names = ("patch_size", "num_components", "num_random", "seed", "position_scale")
         return {name: getattr(self._config, name) for name in names}
+
+
+def load_patch(path: Path, layer: str = "slow") -> PatchExtractor:
+    """The extractor whose projection `save` wrote, with the settings it was fitted with. Raises what `load` raises."""
+    extractor = PatchExtractor(PatchFeatures(layer=layer, **_read_projection(path)[1]))
+    extractor.load(path)
+    return extractor
+
+
+def _read_projection(path: Path) -> tuple[SlowProjection, dict[str, Any], str]:
+    """(projection, settings, fingerprint as recorded)."""
+    if not path.is_file():
+        raise DataError(f"{path} does not exist; the projection fitted at the build is needed; build the shards first")
+    try:
+        with safe_open(path, framework="pt") as file:
+            note = json.loads((file.metadata() or {})[_METADATA_KEY])
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+        return SlowProjection(**tensors), dict(note["settings"]), str(note["fingerprint"])
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{path}: no fitted patch projection ({type(error).__name__}: {str(error)[:120]}); the file is damaged or of "
+            f"another kind; build the shards again"
+        ) from None
 
 
 def describe(frames: Tensor, patch_size: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The frozen DINOv2 vision transformer: normalised frames in, patch features of the last block out.
+"""The frozen DINOv2 vision transformer: normalised frames in, patch features of the last block (or its keys) out.
 
 Tensors are named as Meta names them; `weights.py` brings other layouts to these names.
 """
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from data_pipeline.features.attention import attention
+
+LAYERS = ("last_block", "last_block_keys")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,6 +51,12 @@ class SelfAttention(nn.Module):
         qkv = self.qkv(tokens).view(batch, num_tokens, 3, self.heads, width // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         return self.proj(attention(q, k, v).transpose(1, 2).reshape(batch, num_tokens, width))
+
+    def keys(self, tokens: Tensor) -> Tensor:
+        """What the tokens are compared by, all heads side by side. Shapes: (B, N, E) -> (B, N, E)."""
+        width = self.proj.in_features
+        middle = slice(width, 2 * width)  # queries, keys, values
+        return functional.linear(tokens, self.qkv.weight[middle], self.qkv.bias[middle])
 
 
 class Mlp(nn.Module):
@@ -115,21 +123,28 @@ class DinoVit(nn.Module):
         self.patch_embed = PatchEmbed(shape)
         self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.depth))
 
-    def forward(self, frames: Tensor) -> Tensor:
-        """Residual stream after the last block, before the final norm, CLS token dropped.
+    def forward(self, frames: Tensor, layer: str = "last_block") -> Tensor:
+        """One of LAYERS, CLS token dropped.
 
+        last_block: the residual stream after the last block, before the final norm.
+        last_block_keys: the keys of the last block's attention, with their bias, not scaled, all heads side by side.
         Shapes: frames (B, 3, H, W), H and W multiples of the patch size -> (B, P, E), P row by row.
         Units: frames normalised with ImageNet's mean and deviation.
-        Source: the feature that SlotContrast and SSync call vit_block12.
+        Source: SlotContrast and SSync, released code: vit_block12; VideoSAUR, released code: vit_block_keys12.
         """
+        tokens = self._embed(frames)
+        for block in self.blocks[:-1]:
+            tokens = block(tokens)
+        last: Block = self.blocks[-1]  # type: ignore[assignment]
+        tokens = last.attn.keys(last.norm1(tokens)) if layer == "last_block_keys" else last(tokens)
+        return tokens[:, 1:]
+
+    def _embed(self, frames: Tensor) -> Tensor:
         patches = self.patch_embed(frames)
         grid = patches.shape[-2:]
         tokens = patches.flatten(2).transpose(1, 2)
         cls_token = self.cls_token.expand(tokens.shape[0], -1, -1).to(tokens.dtype)
-        tokens = torch.cat([cls_token, tokens], dim=1) + resize_positions(self.pos_embed, (grid[0], grid[1]))
-        for block in self.blocks:
-            tokens = block(tokens)
-        return tokens[:, 1:]
+        return torch.cat([cls_token, tokens], dim=1) + resize_positions(self.pos_embed, (grid[0], grid[1]))
 
 
 def resize_positions(pos_embed: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import json
+import errno
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from torch import Tensor
+from fake_build import LOOKED_AT, FakeExtractor, FakeSource, config_for, contents, fake_extractor, fake_source
 
 from data_pipeline import build as build_module
 from data_pipeline import build_jobs, verify
 from data_pipeline.build import build
+from data_pipeline.build_plan import Job
+from data_pipeline.build_ranks import FolderLock, Place, join
 from data_pipeline.clip import Clip
 from data_pipeline.compose import run_command
 from data_pipeline.config import BuildConfig, FeaturesConfig, PatchFeatures, SourceConfig, SyntheticSource
@@ -26,96 +27,14 @@ from data_pipeline.shards import DatasetIndex
 from data_pipeline.store import ShardDataset
 
 PROJECT = Path(build_module.__file__).parent.parent
-WIDTH, PATCH = 3, 4
 
 
-class FakeSource:
-    """Seven training and three validation videos of different lengths; those in `broken` cannot be read."""
-
-    background_labelled = False
-
-    def __init__(self) -> None:
-        self.broken: set[str] = set()
-        self.repeated: list[str] = []
-        self.reads: list[tuple[str, str]] = []
-
-    def keys(self, split: str) -> list[str]:
-        return [f"{split}_{number}" for number in range({"train": 7, "validation": 3, "empty": 0}[split])] + self.repeated
-
-    def read(self, split: str, key: str) -> Clip:
-        self.reads.append((split, key))
-        if key in self.broken:
-            raise DataError(f"{key}.jpg: cut off")
-        number = int(key.split("_")[1])
-        random = np.random.default_rng(number)
-        frames = random.integers(0, 256, (2 + number % 3, 10, 14, 3), dtype=np.uint8)
-        ids = random.integers(0, 3, frames.shape[:3]).astype(np.uint8) if split == "validation" else None
-        return Clip(key=key, frames=frames, instance_ids=ids, metadata={"number": number})
-
-
-class FakeExtractor:
-    """Mean colour of each patch, times `gain`."""
-
-    name, layer, width, patch_size, needs_fit = "mean", "pixels", WIDTH, PATCH, False
-
-    def __init__(self) -> None:
-        self.gain = 1.0
-        self.fits = 0
-
-    @property
-    def fingerprint(self) -> str:
-        return f"{self.gain:.6f}"
-
-    def __call__(self, frames: Tensor) -> Tensor:
-        pooled = torch.nn.functional.avg_pool2d(frames, PATCH)
-        return pooled.flatten(2).transpose(1, 2) * self.gain
-
-    def fit(self, clips: Iterable[Tensor]) -> None:
-        self.fits += 1
-        self.gain = float(np.mean([float(clip.mean()) for clip in clips]))
-
-    def save(self, path: Path) -> None:
-        path.write_text(json.dumps(self.gain))
-
-    def load(self, path: Path) -> None:
-        self.gain = json.loads(path.read_text())
-
-
-@pytest.fixture
-def source(monkeypatch: pytest.MonkeyPatch) -> FakeSource:
-    fake = FakeSource()
-    monkeypatch.setattr("data_pipeline.sources.build_source", lambda config, root: fake, raising=False)
-    return fake
-
-
-@pytest.fixture
-def extractor(monkeypatch: pytest.MonkeyPatch) -> FakeExtractor:
-    fake = FakeExtractor()
-    monkeypatch.setattr("data_pipeline.features.build_extractor", lambda config: fake, raising=False)
-    return fake
-
-
-def config_for(out: Path, **changes: Any) -> BuildConfig:
-    values: dict[str, Any] = {
-        "source": SourceConfig(name="fake", image_size=8, train_views=["center", "crop0+hflip"], resize="crop"),
-        "features": FeaturesConfig(name="mean"),
-        "out": str(out),
-        "samples_per_shard": 3,
-        "workers": 1,
-        "frames": "png",
-    }
-    return BuildConfig(**(values | changes))
-
-
-def contents(out: Path) -> dict[str, bytes]:
-    """Every file that a reader sees, by its path."""
-    return {
-        str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file() and path.name != ".build.lock"
-    }
+source = pytest.fixture(fake_source, name="source")
+extractor = pytest.fixture(fake_extractor, name="extractor")
 
 
 def test_a_build_is_what_the_source_and_the_extractor_give(tmp_path: Path, source: FakeSource, extractor: FakeExtractor) -> None:
-    build(config_for(tmp_path))
+    build(config_for(tmp_path, codec="float16"))
     train, validation = ShardDataset.open(tmp_path / "train"), ShardDataset.open(tmp_path / "validation")
     assert [shard["samples"] for shard in train.index.shards] == [3, 3, 1]
     assert [sample.key for sample in train.index.samples] == source.keys("train")
@@ -156,7 +75,7 @@ def test_a_second_call_builds_nothing(
     stamps = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.tar")}
     source.reads.clear()
     build(config_for(tmp_path))
-    assert len(source.reads) == 2  # one video of each split, to say how much there is
+    assert len(source.reads) == LOOKED_AT  # a few videos of each split, to say how much there is
     assert contents(tmp_path) == before and stamps == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.tar")}
     assert "4 finished shards verified and kept" in capsys.readouterr().out
 
@@ -182,7 +101,7 @@ def test_a_build_mends_what_is_missing_or_damaged(
     source.reads.clear()
     build(config_for(tmp_path))
     assert contents(tmp_path) == whole
-    assert len(source.reads) <= 2 + 3
+    assert len(source.reads) <= LOOKED_AT + 3
 
 
 def test_a_build_stopped_in_the_middle_goes_on(
@@ -192,7 +111,7 @@ def test_a_build_stopped_in_the_middle_goes_on(
     read = source.read
 
     def stop_at_the_fifth(split: str, key: str) -> Clip:
-        if key == "train_4":
+        if key == "train_4" and (tmp_path / "out" / "train" / "train-000000.tar").exists():
             raise RuntimeError("power cut")
         return read(split, key)
 
@@ -212,7 +131,7 @@ def test_a_build_stopped_in_the_middle_goes_on(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"codec": "float32"}, "codec=float32, but .* was built with float16"),
+        ({"codec": "float32"}, "codec=float32, but .* was built with int8"),
         ({"limit": 2}, "limit=2, but .* was built with None"),
         ({"samples_per_shard": 4}, "samples_per_shard=4"),
         ({"features": FeaturesConfig(name="mean", layer="block_3")}, "features.layer=block_3"),
@@ -272,7 +191,7 @@ def test_unreadable_videos_are_counted_and_left_out(
     assert run_command(verify.main, [str(tmp_path)]) == 0
     source.reads.clear()
     build(config_for(tmp_path, max_skip_fraction=2 / 7))
-    assert len(source.reads) == 2
+    assert len(source.reads) == LOOKED_AT
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.2])
@@ -299,7 +218,7 @@ def test_a_stricter_limit_counts_for_finished_shards_too(tmp_path: Path, source:
 def test_features_that_cannot_be_stored_stop_the_build(tmp_path: Path, source: FakeSource, extractor: FakeExtractor) -> None:
     extractor.gain = 1e9
     with pytest.raises(DataError, match="video train_0, view center: largest feature magnitude=.*codec=float32"):
-        build(config_for(tmp_path, max_skip_fraction=0.9))
+        build(config_for(tmp_path, codec="float16", max_skip_fraction=0.9))
     assert not list(tmp_path.rglob("index.json")) and not list(tmp_path.rglob("*.tar"))
 
 
@@ -327,9 +246,32 @@ def test_repeated_keys_empty_splits_and_odd_sizes_are_refused(
         build(config_for(tmp_path / "file"))
 
 
-def test_two_builds_in_one_folder_are_refused(tmp_path: Path, source: FakeSource, extractor: FakeExtractor) -> None:
-    with build_module._only_build_in(tmp_path), pytest.raises(DataError, match="another build is writing here"):
-        build(config_for(tmp_path))
+@pytest.mark.parametrize("hold", [FolderLock.take_alone, FolderLock.share])
+def test_two_builds_in_one_folder_are_refused(
+    tmp_path: Path, source: FakeSource, extractor: FakeExtractor, monkeypatch: pytest.MonkeyPatch, hold: Callable[..., None]
+) -> None:
+    """Also when all that is left of the other one is a rank or a worker."""
+    monkeypatch.setattr("data_pipeline.build_ranks.LOCK_PATIENCE_S", 0.0)
+    with FolderLock(tmp_path) as other:
+        hold(other)
+        with pytest.raises(DataError, match="another build is writing here"):
+            build(config_for(tmp_path))
+    build(config_for(tmp_path))  # the lock ends with its holder
+
+
+def test_a_file_system_without_locks_is_named_and_used(
+    tmp_path: Path,
+    source: FakeSource,
+    extractor: FakeExtractor,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    build(config_for(tmp_path))
+    assert "has no file locks" in capsys.readouterr().err and (tmp_path / "train" / "index.json").exists()
 
 
 def test_frames_may_be_left_out_or_compressed(tmp_path: Path, source: FakeSource, extractor: FakeExtractor) -> None:
@@ -378,7 +320,8 @@ def test_the_command_builds_and_says_what_it_did(tmp_path: Path) -> None:
         "in all",
         "fitting patch on 2 videos",
         "0 videos skipped",
-        "error of codec float16",
+        "error of codec int8",
+        "built 2 shards of 3 videos, 9 frames",
     ):
         assert text in done.stdout
     assert len(ShardDataset.open(tmp_path / "out" / "train")) == 2
@@ -415,12 +358,10 @@ def test_a_lost_worker_is_reported(tmp_path: Path) -> None:
     from concurrent.futures import Future
     from concurrent.futures.process import BrokenProcessPool
 
-    class Pool:
-        def shutdown(self, **_: Any) -> None:
-            pass
-
-    job = build_jobs.Job(tmp_path / "a.tar", "train", ("k",), ("center",), "s", 1)
+    job = Job(tmp_path / "a.tar", "train", ("k",), ("center",), "s", 1)
     lost: Future[dict[str, Any]] = Future()
     lost.set_exception(BrokenProcessPool("gone"))
+    team, progress = join(Place()), build_jobs.Progress()
     with pytest.raises(DataError, match="a worker process ended"):
-        list(build_jobs._collect(Pool(), {lost: job}, build_jobs.Progress(), 1))  # type: ignore[arg-type]
+        list(build_jobs._collect(lambda job: lost, 2, [job], team, progress, lambda progress: None))
+    assert progress.stop.is_set()

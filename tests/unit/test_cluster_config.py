@@ -43,7 +43,6 @@ def test_every_job_runs_its_module(job: str) -> None:
         (["--grace", "-3"], ["--grace -3"]),
         (["--backend", "slrum"], ["--backend 'slrum'", "did you mean slurm"]),
         (["--gpus-per-node", "2", "--ranks-per-node", "3"], ["a GPU serves one rank"]),
-        (["--nodes", "2", "build-shards"], ["build-shards", "one process"]),
         (["name=a/b"], ["name='a/b'", "folder name"]),
         (["name=.hidden"], ["name='.hidden'"]),
         (["name=${seed}"], ["name='${seed}'"]),

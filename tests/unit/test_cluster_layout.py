@@ -107,9 +107,10 @@ def test_visible_gpus_are_those_that_the_user_left_visible() -> None:
     assert gpu_ids({"CUDA_VISIBLE_DEVICES": ""}) == gpu_ids({"CUDA_VISIBLE_DEVICES": "-1"}) == []
 
 
-def test_shards_are_built_by_one_process() -> None:
-    tasks = node_tasks(LaunchConfig(job="build-shards", run_dir="/r"), attempt=1, master_port=1, gpus=["0", "1"], cores=2)
-    assert [task.ranks for task in tasks] == [1]
+def test_shards_are_built_by_a_rank_for_each_gpu_like_any_job() -> None:
+    config = LaunchConfig(job="build-shards", run_dir="/r", nodes=2)
+    ranks = {len(gpus): node_tasks(config, attempt=1, master_port=1, gpus=gpus, cores=2) for gpus in ([], ["0", "1", "2", "3"])}
+    assert {count: [task.ranks for task in tasks] for count, tasks in ranks.items()} == {0: [1, 1], 4: [2, 2]}
 
 
 def test_an_installation_folder_does_not_go_before_the_standard_library(tmp_path: Path) -> None:

@@ -96,8 +96,8 @@ def hugging_face(weights):
     return out
 
 
-def reference(weights, frames, gated=False):
-    """The network written plainly from its description; frames in [0, 1]."""
+def reference(weights, frames, gated=False, keys=False):
+    """The network written plainly from its description, or the keys of its last block; frames in [0, 1]."""
     width = weights["cls_token"].shape[-1]
 
     def norm(x, name):
@@ -137,7 +137,7 @@ def reference(weights, frames, gated=False):
             hidden = linear(0.5 * hidden * (1 + torch.erf(hidden / math.sqrt(2))), f"{name}.mlp.fc2")
         x = x + weights[f"{name}.ls2.gamma"] * hidden
         i += 1
-    return x[:, 1:]
+    return k[:, 1:] if keys else x[:, 1:]
 
 
 def random_frames(count=2, height=NATIVE * PATCH, width=NATIVE * PATCH):
@@ -190,6 +190,33 @@ def test_the_fingerprint_follows_the_weights_that_are_used(tmp_path, meta_file):
     other["blocks.2.mlp.fc2.bias"][3] += 1e-3
     torch.save(other, tmp_path / "other.pth")
     assert build(tmp_path / "other.pth").fingerprint != build(meta_file).fingerprint
+
+
+@pytest.mark.parametrize(("size", "gated"), [((20, 20), False), ((12, 32), True)])
+def test_the_keys_are_those_of_the_plain_forward(tmp_path, size, gated):
+    weights, frames = meta_weights(gated=gated), random_frames(3, *size)
+    torch.save(weights, tmp_path / "meta.pth")
+    extractor = build(tmp_path / "meta.pth", layer="last_block_keys", batch_frames=2)
+    expected = reference(weights, frames, gated, keys=True)
+    assert extractor.layer == "last_block_keys"
+    torch.testing.assert_close(extractor(frames), expected, rtol=1e-4, atol=1e-4)
+    assert (expected - reference(weights, frames, gated)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("size", [(14, 14), (28, 42), (56, 70), (196, 28)])
+def test_any_multiple_of_fourteen_has_its_grid(size):
+    """The published patch size, at frames smaller and larger than the grid of training, square or not."""
+    shape = VitShape(width=64, depth=1, heads=1, hidden=32, native_grid=6)
+    torch.manual_seed(0)
+    model = DinoVit(shape).eval()
+    torch.nn.init.normal_(model.pos_embed)
+    frames = random_frames(1, *size)
+    with torch.no_grad():
+        whole = model(frames)
+        assert whole.shape == (1, size[0] * size[1] // 14**2, 64) and whole.isfinite().all()
+        positions = resize_positions(model.pos_embed, (size[0] // 14, size[1] // 14))
+    # Without a block's mixing the tokens would be patches plus positions: a constant frame shows whether each patch has its own.
+    assert torch.unique(positions[0, 1:], dim=0).shape[0] == whole.shape[1]
 
 
 def test_batching_and_bfloat16_change_little(meta_file):
