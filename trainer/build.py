@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -89,11 +88,11 @@ def check_features(dataset: ShardDataset, model: ModelConfig) -> None:
     features, grid = dataset.index.features, list(dataset.index.grid)
     if features["width"] != model.feature_dim:
         raise ConfigError(
-            f"model.feature_dim={model.feature_dim}, but {Path(dataset.folder)} holds {features['extractor']} features "
+            f"model.feature_dim={model.feature_dim}, but {dataset.folder} holds {features['extractor']} features "
             f"of width {features['width']}; set model.feature_dim={features['width']}, or build shards of another extractor"
         )
     if grid != list(model.grid):
         shown = str(grid).replace(" ", "")
         raise ConfigError(
-            f"model.grid={list(model.grid)}, but {Path(dataset.folder)} holds a patch grid of {grid}; set model.grid={shown}"
+            f"model.grid={list(model.grid)}, but {dataset.folder} holds a patch grid of {grid}; set model.grid={shown}"
         )

@@ -29,12 +29,22 @@ class ModelConfig:
     attention_scale: str = "official_inverted"  # predictor logits q.k*sqrt(d) as released; standard: q.k/sqrt(d)
     query_key_gain: float = 1.0  # initial weights of queries and keys times this; > 1 sharpens small models' first maps
     decoder_positions: str = "normal"  # normal: N(0, 1/D) as released; fourier: sines and cosines of y and x
+    decoder_path: str = "fused"  # fused: chunk by chunk, nothing of size slots x patches x width is kept; plain: its twin
+    decoder_chunk_rows: int = 0  # rows (one slot at one patch) of a chunk; 0: what suits the device
+    decoder_products: str = "auto"  # whose float32 products on a CPU: torch | onednn; auto: onednn on AMD's, where it is faster
+    projectors: bool = False  # two linear maps to slot width that SRL's ranking losses compare in
+    patch_maps: bool = False  # softmax over patches of the attention logits, which SRL's regulariser of slots reads
+    recompute_frames: int = 0  # frames of slot attention kept at a time, the rest computed again in backward; 0: keep all
     eval_decode_frames: int = 8  # frames decoded at once in evaluation: bounds memory, changes nothing else
 
     def __post_init__(self) -> None:
         check_choice("model.gru_hidden", self.gru_hidden, ("normed", "raw"))
         check_choice("model.attention_scale", self.attention_scale, ("official_inverted", "standard"))
         check_choice("model.decoder_positions", self.decoder_positions, ("normal", "fourier"))
+        check_choice("model.decoder_path", self.decoder_path, ("fused", "plain"))
+        check_choice("model.decoder_products", self.decoder_products, ("auto", "torch", "onednn"))
+        check_at_least("model.decoder_chunk_rows", self.decoder_chunk_rows, 0)
+        check_at_least("model.recompute_frames", self.recompute_frames, 0)
         for key in ("num_slots", "slot_dim", "feature_dim", "iters_first", "iters_next", "predictor_heads", "eval_decode_frames"):
             check_at_least(f"model.{key}", getattr(self, key), 1)
         if len(self.grid) != 2 or min(self.grid) < 1:
@@ -58,10 +68,12 @@ class SlotContrastConfig:
     weight: float = 0.5
     temperature: float = 0.1
     axis: str = "official_later_anchor"  # official_later_anchor | paper_earlier_anchor
+    form: str = "infonce"  # infonce: one pair of frames at a time; supcon: all frames of the batch at once, as SRL released it
     scope: str = "global"  # candidates: global | rank (as released) | video (batch_contrast=false)
 
     def __post_init__(self) -> None:
         check_choice("objective.slot_contrast.axis", self.axis, ("official_later_anchor", "paper_earlier_anchor"))
+        check_choice("objective.slot_contrast.form", self.form, ("infonce", "supcon"))
         check_choice("objective.slot_contrast.scope", self.scope, ("global", "rank", "video"))
         if not self.temperature > 0:
             raise ConfigError(f"objective.slot_contrast.temperature={self.temperature}; it must be above 0; 0.1 is published")
@@ -97,12 +109,14 @@ class SSyncConfig:
     class_reduction: str = "mean"  # mean over slots as released; sum: SP Eq. 13 and 14
     empty: str = "zero"  # an empty set gives 0 (released code: NaN); nan reproduces that
     temperature: float = 1.0
+    kernels: str = "auto"  # auto: Triton's on CUDA where triton is installed; torch: never; triton: always
     merge: MergeConfig = field(default_factory=MergeConfig)
 
     def __post_init__(self) -> None:
         check_choice("objective.ssync.border", self.border, ("clamp", "ignore"))
         check_choice("objective.ssync.class_reduction", self.class_reduction, ("mean", "sum"))
         check_choice("objective.ssync.empty", self.empty, ("zero", "nan"))
+        check_choice("objective.ssync.kernels", self.kernels, ("auto", "torch", "triton"))
         if not 0 <= self.start_fraction <= 1:
             raise ConfigError(
                 f"objective.ssync.start_fraction={self.start_fraction}; a share in [0, 1] is needed; 0.3 is published"
@@ -112,10 +126,41 @@ class SSyncConfig:
 
 
 @dataclass(kw_only=True)
+class SRLConfig:
+    """Ranking of patches, and flattening of redundant slots. Shares are of optim.max_steps, rounded to a step."""
+
+    decoder_weight: float = 0.0  # 0.1 is published for each of the three. The ranking losses need model.projectors=true
+    encoder_weight: float = 0.0
+    regulariser_weight: float = 0.0  # needs model.patch_maps=true
+    decoder_start: float = 0.2  # share after which the decoder's ranking loss joins
+    encoder_start: float = 0.2
+    regulariser_first: float = 0.0  # shares of the first and the last step that the regulariser counts in
+    regulariser_last: float = 0.1
+    schedule: str = "config"  # config: the four shares above; paper_fraction: 0.2, 0.2, 0 and 0.1 whatever they say
+    temperature: float = 0.1
+    group_frames: int = 4  # frames whose patches are compared with each other; must divide data.clip_len
+    num_neighbours: int = 8  # nearest patches of each frame in the group that are positives; the patch itself is one of them
+    num_redundant: int = 5  # slots of a clip that are flattened
+
+    def __post_init__(self) -> None:
+        check_choice("objective.srl.schedule", self.schedule, ("config", "paper_fraction"))
+        for key in ("group_frames", "num_neighbours", "num_redundant"):
+            check_at_least(f"objective.srl.{key}", getattr(self, key), 1)
+        for key in ("decoder_start", "encoder_start", "regulariser_first", "regulariser_last"):
+            if not 0 <= getattr(self, key) <= 1:
+                raise ConfigError(f"objective.srl.{key}={getattr(self, key)}; a share in [0, 1] is needed; change it")
+        if not self.temperature >= 0.02:
+            raise ConfigError(
+                f"objective.srl.temperature={self.temperature}; at least 0.02 is needed, or float32 overflows; 0.1 is published"
+            )
+
+
+@dataclass(kw_only=True)
 class ObjectiveConfig:
     feature_reconstruction: FeatureReconstructionConfig = field(default_factory=FeatureReconstructionConfig)
     slot_contrast: SlotContrastConfig = field(default_factory=SlotContrastConfig)
     ssync: SSyncConfig = field(default_factory=SSyncConfig)
+    srl: SRLConfig = field(default_factory=SRLConfig)
 
     def __post_init__(self) -> None:
         weights = (
@@ -123,10 +168,13 @@ class ObjectiveConfig:
             self.slot_contrast.weight,
             self.ssync.boundary_weight,
             self.ssync.interior_weight,
+            self.srl.decoder_weight,
+            self.srl.encoder_weight,
+            self.srl.regulariser_weight,
         )
         if not all(0 <= weight < float("inf") for weight in weights) or max(weights) == 0:
             raise ConfigError(
-                f"objective weights are {list(weights)} (reconstruction, slot contrast, boundary, interior); "
+                f"objective weights are {list(weights)} (reconstruction, slot contrast, boundary, interior, SRL's three); "
                 "all must be finite, none below 0, and one "
                 "must be above; set objective.feature_reconstruction.weight=1"
             )
@@ -246,8 +294,32 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_path("runs", self.runs)
+        _check_srl(self)
         if not self.name or "/" in self.name or self.name.startswith("."):
             raise ConfigError(f"name={self.name!r}; a plain folder name is needed; for example name=movi_c_seed0")
+
+
+def _check_srl(config: RunConfig) -> None:
+    """What SRL's terms ask of the network and of the clips."""
+    srl, model = config.objective.srl, config.model
+    needs = {"projectors": ("decoder_weight", "encoder_weight"), "patch_maps": ("regulariser_weight",)}
+    for switch, terms in needs.items():
+        for term in terms:
+            if getattr(srl, term) > 0 and not getattr(model, switch):
+                raise ConfigError(
+                    f"objective.srl.{term}={getattr(srl, term)}, but model.{switch}=false; the term reads what it makes; "
+                    f"set model.{switch}=true"
+                )
+    if max(srl.decoder_weight, srl.encoder_weight) > 0 and config.data.clip_len % srl.group_frames:
+        raise ConfigError(
+            f"objective.srl.group_frames={srl.group_frames} does not divide data.clip_len={config.data.clip_len}; change one"
+        )
+    num_tokens = srl.group_frames * model.grid[0] * model.grid[1]
+    if srl.encoder_weight > 0 and srl.num_neighbours * srl.group_frames > num_tokens:
+        raise ConfigError(
+            f"objective.srl.num_neighbours={srl.num_neighbours}; a frame has only {num_tokens // srl.group_frames} patches; "
+            "set it to that or less"
+        )
 
 
 @dataclass(kw_only=True)

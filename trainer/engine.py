@@ -12,7 +12,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from data_pipeline.errors import ConfigError, StateError
 from trainer import distributed
 from trainer.config import OptimConfig, ParallelConfig
 from trainer.model.network import VideoSlotModel
-from trainer.model.outputs import ModelOutput
+from trainer.model.outputs import ModelOutput, OnePassOutput, TaskOf
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -99,15 +99,23 @@ class Engine:
             return torch.autocast(self.device.type, torch.bfloat16)
         return contextlib.nullcontext()
 
-    def forward(self, features: Tensor) -> ModelOutput:
-        """features (B, T, P, E) -> ModelOutput with gradient."""
+    @overload
+    def forward(self, features: Tensor) -> ModelOutput: ...
+    @overload
+    def forward(self, features: Tensor, task_of: TaskOf) -> OnePassOutput: ...
+    def forward(self, features, task_of=None):
+        """features (B, T, P, E) -> ModelOutput with gradient, or what the decoder's one pass leaves (see VideoSlotModel)."""
         with self.autocast():
-            return self._deepspeed(features)
+            return self._deepspeed(features, task_of)
 
-    def look(self, features: Tensor) -> ModelOutput:
+    @overload
+    def look(self, features: Tensor) -> ModelOutput: ...
+    @overload
+    def look(self, features: Tensor, task_of: TaskOf) -> OnePassOutput: ...
+    def look(self, features, task_of=None):
         """The same output without gradient: the pass that only counts. Leaves no trace in DeepSpeed's bookkeeping."""
         with torch.no_grad(), self.autocast():
-            return self.module(features)
+            return self.module(features, task_of)
 
     def backward(self, loss: Tensor) -> None:
         """Add one micro-batch's gradient. Collective. `loss` is already its share of the global mean (see step.py)."""

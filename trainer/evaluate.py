@@ -232,6 +232,7 @@ def evaluate_run(settings: EvaluationConfig) -> int:
 
     from data_pipeline.errors import ConfigError
     from data_pipeline.files import write_atomically
+    from data_pipeline.remote.address import shown
     from trainer import checkpoint, distributed
     from trainer.build import build_model, build_video_loader, check_extractor
     from trainer.engine import choose_device
@@ -263,7 +264,7 @@ def evaluate_run(settings: EvaluationConfig) -> int:
     if world.rank == 0:
         content = {
             "step": found.state.step,
-            "shards": data.root,
+            "shards": shown(data.root),
             "split": data.val_split,
             "videos": result.num_videos,
             "scores": result.scores,
@@ -271,7 +272,7 @@ def evaluate_run(settings: EvaluationConfig) -> int:
         write_atomically(out, json.dumps(content | {"baselines": baselines}, indent=1))
         flat = {f"metric/{key}": value for key, value in result.scores.items()}
         flat |= {f"baseline/{name}/{key}": value for name, table in baselines.items() for key, value in table.items()}
-        title = f"{run.name}, step {found.state.step}: {result.num_videos} videos of {data.root}/{data.val_split}, in %"
+        title = f"{run.name}, step {found.state.step}: {result.num_videos} videos of {shown(data.root)}/{data.val_split}, in %"
         Console(0, stream=sys.stdout).score_table(flat, title)
         print(f"written: {out}")
     distributed.stop()

@@ -19,8 +19,8 @@ from data_pipeline.batch import ClipBatch
 from data_pipeline.errors import StateError
 from trainer import distributed
 from trainer.engine import Engine
-from trainer.model.outputs import ModelOutput
 from trainer.objective import Objective, TermValue
+from trainer.passes import choose_passes
 
 
 class NonFiniteLoss(StateError):
@@ -60,51 +60,30 @@ def train_step(
     """
     clock = Clock()
     parts = [part.to(engine.device) for part in batch.split(engine.accumulation)]
-    outputs, slots, local = _look(engine, objective, parts, step)
+    passes = choose_passes(engine, objective, parts, sum(real_per_rank), step)
+    seen = passes.look()
+    local = [one.terms for one in seen]
+    slots = [one.slots.detach() for one in seen]
     coupled, slot_grads = _couple(objective, slots, [part.num_real for part in parts], real_per_rank, batch.size, step)
     counts = _global_counts(local, coupled, engine.device)
     clock.lap("forward")
 
-    for number, part in enumerate(parts):
-        output = outputs[number] if outputs else engine.forward(part.decoded())
+    for number in range(len(parts)):
+        own = passes.again(number, seen.pop(0))
         clock.lap("forward")
-        real = output.first(part.num_real)
-        terms = objective.local(real, step) if outputs is None else local[number]
-        loss = _share(objective, terms, counts, step)
+        loss = own.anchor + _share(objective, own.terms, counts, step)
         if slot_grads is not None:
             grad = slot_grads[number] / counts["slot_contrast"].clamp(min=1).to(slot_grads[number].dtype)
-            loss = loss + objective.weight("slot_contrast", step) * (real.slots * grad).sum()
-        loss = loss + _nothing(output)
+            loss = loss + objective.weight("slot_contrast", step) * (own.slots * grad).sum()
+        local[number] = {name: TermValue(value.sum.detach(), value.count) for name, value in own.terms.items()}
+        del own  # frees this micro-batch's tensors
         engine.backward(loss)
-        local[number] = {name: TermValue(value.sum.detach(), value.count) for name, value in terms.items()}
-        if outputs:
-            outputs[number] = None  # type: ignore[call-overload]  # frees this micro-batch's tensors
         clock.lap("backward")
 
     report = _agree(objective, local, coupled, counts, step, stop, engine.device)
     engine.step(lr)
     clock.lap("optimizer")
     return StepReport(total=report[0], terms=report[1], seconds=clock.seconds, stop=report[2])
-
-
-def _look(
-    engine: Engine, objective: Objective, parts: list[ClipBatch], step: int
-) -> tuple[list[ModelOutput] | None, list[Tensor], list[dict[str, TermValue]]]:
-    """Outputs, real clips' slots and local terms of each micro-batch.
-
-    One micro-batch keeps its graph. Several are looked at without gradient (outputs None) and run again one by one: the counts
-    and the coupled terms need all of them before the first backward, and memory has room for one.
-    """
-    if len(parts) == 1:
-        output = engine.forward(parts[0].decoded())
-        real = output.first(parts[0].num_real)
-        return [output], [real.slots.detach()], [objective.local(real, step)]
-    slots, local = [], []
-    for part in parts:
-        real = engine.look(part.decoded()).first(part.num_real)
-        slots.append(real.slots)
-        local.append(objective.local(real, step))
-    return None, slots, local
 
 
 def _couple(
@@ -142,12 +121,6 @@ def _global_counts(local: list[dict[str, TermValue]], coupled: dict[str, TermVal
     # float64: counts pass 2**24, where float32 stops counting
     vector = distributed.all_sum(torch.stack([total.double().to(device) for total in totals]))
     return dict(zip(names, vector, strict=True))
-
-
-def _nothing(output: ModelOutput) -> Tensor:
-    """A zero with every output in its graph: the backward of all ranks then runs the same collectives, also where a rank holds
-    only padding. Sums of nothing, so that a value which is not finite stays out of it."""
-    return torch.stack([tensor[:0].sum().float() for tensor in output[:4]]).sum()
 
 
 def _share(objective: Objective, terms: dict[str, TermValue], counts: dict[str, Tensor], step: int) -> Tensor | float:

@@ -59,6 +59,8 @@ def build_model(meta: dict[str, Any], official: dict[str, Tensor], dtype: torch.
             iters_next=config["grouper"]["n_iters"],
             predictor_heads=dims["heads"],
             decoder_hidden=list(dims["hidden"]),
+            projectors="projector" in config,
+            patch_maps="loss_reg" in config["losses"],
         )
     ).to(dtype)
     model.load_state_dict(from_official(official, model.state_dict()))

@@ -13,7 +13,7 @@ from trainer.model.official_names import from_official
 from trainer.objective import Objective
 from trainer.objective.ssync import select
 
-FILES = [file for file in names("models") if file != "ssync_trajectory.npz"]
+FILES = [file for file in names("models") if file not in ("ssync_trajectory.npz", "srl_stages.npz")]
 TERMS = {
     "loss_featrec": "feature_reconstruction",
     "loss_ss": "slot_contrast",

@@ -11,7 +11,8 @@ from golden_files import assert_gradient, assert_values, load, names
 from torch import Tensor
 
 from trainer.config import MergeConfig, SSyncConfig
-from trainer.objective.ssync import boundary_term, interior_term, mean_iou, select, slot_areas
+from trainer.objective.slot_merging import mean_iou, slot_areas
+from trainer.objective.ssync import boundary_term, interior_term, select
 from trainer.objective.terms import TermValue
 
 

@@ -18,6 +18,7 @@ from trainer.config import (
     OptimConfig,
     ParallelConfig,
     SlotContrastConfig,
+    SRLConfig,
     SSyncConfig,
 )
 from trainer.engine import Engine
@@ -62,17 +63,24 @@ def main(options: dict) -> dict:
             predictor_heads=2,
             decoder_hidden=[12, 12],
             query_key_gain=3.0,
+            projectors=options.get("srl", False),
+            patch_maps=options.get("srl", False),
+            **options.get("model", {}),
         )
     )
     # eps well above rounding: with 1e-8 Adam turns a gradient that is zero but for rounding into a full step of either sign
     optim = OptimConfig(lr=1e-2, max_steps=10, warmup_steps=1, decay_steps=10, clip_norm=0.05, eps=1e-4)
     parallel = ParallelConfig(zero_stage=options["stage"], accumulation=options["accumulation"], device="cpu")
     ssync = SSyncConfig(
-        boundary_weight=1.0, interior_weight=1.0, start_fraction=options.get("ssync_from", 0.1), merge=MergeConfig(threshold=0.8)
+        boundary_weight=1.0,
+        interior_weight=1.0,
+        start_fraction=options.get("ssync_from", 0.1),
+        merge=MergeConfig(threshold=0.8, source=options.get("merged_by", "A")),
     )
-    objective = Objective(
-        ObjectiveConfig(slot_contrast=SlotContrastConfig(scope=options.get("scope", "global")), ssync=ssync), 10
-    )
+    contrast = SlotContrastConfig(scope=options.get("scope", "global"), form="supcon" if "srl" in options else "infonce")
+    stages = {"encoder_start": 0.0, "decoder_start": 0.1, "group_frames": 3, "num_neighbours": 2, "num_redundant": 2}
+    srl = SRLConfig(decoder_weight=0.3, encoder_weight=0.2, regulariser_weight=0.4, **stages) if "srl" in options else SRLConfig()
+    objective = Objective(ObjectiveConfig(slot_contrast=contrast, ssync=ssync, srl=srl), 10)
     engine = Engine(model, optim, parallel, torch.device("cpu"))
     count = options["global_batch"]
     shares = [rank_slice(count, World(rank=rank, size=world.size)) for rank in range(world.size)]

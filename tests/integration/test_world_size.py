@@ -53,6 +53,16 @@ def test_ranks_micro_batches_and_stages_agree(tmp_path, reference, world, accumu
     assert_same(reference, three_steps(tmp_path, world, accumulation, stage))
 
 
+def test_recomputed_frames_over_ranks_and_micro_batches(tmp_path, reference):
+    """ZeRO-3 gathers weights around a module's call, and once more where the backward computes again."""
+    assert_same(reference, three_steps(tmp_path, 2, accumulation=2, stage=3, model={"recompute_frames": 2}))
+
+
+def test_a_decoder_that_waits_for_its_own_maps_over_ranks(tmp_path):
+    one, two = three_steps(tmp_path, 1, merged_by="D"), three_steps(tmp_path, 2, stage=3, merged_by="D")
+    assert_same(one, two)
+
+
 def test_more_ranks_than_clips(tmp_path):
     assert_same(three_steps(tmp_path, world=1, global_batch=2), three_steps(tmp_path, world=3, global_batch=2))
 
@@ -66,6 +76,22 @@ def test_images_are_clips_of_one_frame(tmp_path):
 
 def test_video_scope_needs_no_other_rank(tmp_path):
     assert_same(three_steps(tmp_path, 1, scope="video"), three_steps(tmp_path, 2, scope="video"))
+
+
+@pytest.fixture(scope="module")
+def srl_reference(tmp_path_factory):
+    return three_steps(tmp_path_factory.mktemp("srl"), world=1, srl=True, ssync_from=1.0)
+
+
+def test_srl_stages_follow_the_step(srl_reference):
+    """Flattening in steps 0 and 1, the encoder's ranking after 0, the decoder's after 1."""
+    base = {"feature_reconstruction", "slot_contrast"}
+    found = [set(report["terms"]) - base for report in srl_reference["reports"]]
+    assert found == [{"srl_regulariser"}, {"srl_regulariser", "srl_encoder"}, {"srl_encoder", "srl_decoder"}]
+
+
+def test_srl_over_ranks_micro_batches_and_stages(tmp_path, srl_reference):
+    assert_same(srl_reference, three_steps(tmp_path, world=2, accumulation=2, stage=3, srl=True, ssync_from=1.0))
 
 
 def test_a_stop_request_of_one_rank_reaches_all(tmp_path):

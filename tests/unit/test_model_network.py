@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from data_pipeline.errors import ConfigError
 from trainer.config import ModelConfig, ObjectiveConfig, SSyncConfig
@@ -159,6 +160,72 @@ def test_half_precision_features_are_read_in_float32() -> None:
     torch.testing.assert_close(output.slots, build()(features.float()).slots)
 
 
+def kept_bytes(model: VideoSlotModel, frames: int) -> int:
+    """Bytes that autograd keeps of the encoder, without features and parameters."""
+    features = clips(1, frames)
+    storages = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = model._encode(features)
+    for known in (features, *model.parameters()):
+        storages.pop(known.untyped_storage().data_ptr(), None)
+    assert output[0].requires_grad
+    return sum(storages.values())
+
+
+def test_what_the_encoder_keeps_of_a_frame_is_counted() -> None:
+    """Of a patch: the transform's two inputs, mapped features, keys, values, and per iteration two numbers a slot. Of a frame's
+    slots less than 80 vectors. With recomputation, a slot vector a frame."""
+    width, dim, slots, patches, iterations = 5, 8, 4, 6, 2
+    a_patch = width + 2 * width + 4 * dim + 2 * slots * iterations + 4
+    of_slots = iterations * 40 * slots * dim
+    grown = (kept_bytes(build(), 9) - kept_bytes(build(), 5)) / 4 / 4  # numbers a frame
+    assert patches * a_patch * 0.8 <= grown <= patches * a_patch + of_slots
+    again = (kept_bytes(build(recompute_frames=1), 9) - kept_bytes(build(recompute_frames=1), 5)) / 4 / 4
+    assert again <= 2 * slots * dim
+
+
+class FullSize(TorchDispatchMode):
+    """How many tensors of at least so many entries operations make."""
+
+    def __init__(self, entries: int) -> None:
+        super().__init__()
+        self.entries, self.count = entries, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        made = function(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, tuple | list) else (made,):
+            self.count += isinstance(tensor, Tensor) and not tensor._is_view() and tensor.numel() >= self.entries
+        return made
+
+
+def test_tensors_of_the_whole_clip_do_not_multiply_with_its_length() -> None:
+    """Indexing frame after frame would make one for every frame in the backward: quadratic in T."""
+    counts = []
+    for frames in (8, 20):
+        model = build()
+        with FullSize(frames * 6 * 8) as made:
+            model._encode(clips(1, frames))[0].square().sum().backward()
+        counts.append(made.count)
+    assert counts[0] == counts[1] < 50
+
+
+@pytest.mark.parametrize("frames", [1, 2, 3, 7])
+def test_recomputed_frames_change_neither_values_nor_gradients(frames: int) -> None:
+    models = [build().double(), build(recompute_frames=frames).double()]
+    features = clips(2, 5, torch.float64)
+    totals = [total_loss(model, features) for model in models]
+    torch.testing.assert_close(*totals, rtol=1e-12, atol=0)
+    for total in totals:
+        total.backward()
+    for (name, one), other in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-9, atol=1e-12, msg=lambda text, n=name: f"{n}: {text}")
+
+
 def full_objective() -> Objective:
     ssync = SSyncConfig(boundary_weight=1.0, interior_weight=1.0, start_fraction=0.0)
     return Objective(ObjectiveConfig(ssync=ssync), max_steps=10)
@@ -232,7 +299,8 @@ def test_fourier_positions_tell_all_patches_apart() -> None:
 def official_tensors(model: VideoSlotModel) -> dict[str, Tensor]:
     """As a released checkpoint names and shapes them, with a backbone tensor that is to be left out."""
     state, named = model.state_dict(), official_names(num_decoder_layers=3)
-    tensors = {official.replace("processor.", "processor.module.", 1): state[ours] + 1 for official, ours in named.items()}
+    own = {official: ours for official, ours in named.items() if ours in state}
+    tensors = {official.replace("processor.", "processor.module.", 1): state[ours] + 1 for official, ours in own.items()}
     tensors["decoder.pos_emb"] = tensors["decoder.pos_emb"][None, None]
     return tensors | {"encoder.module.backbone.model.cls_token": torch.zeros(1)}
 

@@ -11,15 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from benchmarks.measure import peak_of_tensors
 from trainer.config import MergeConfig, SSyncConfig
+from trainer.kernels.label_error import label_error
+from trainer.objective.slot_merging import merge_slots, slot_areas, visiting_order
 from trainer.objective.ssync import (
+    boundary_targets,
     boundary_term,
     count_neighbours,
+    hard_labels,
+    interior_targets,
     interior_term,
-    merge_slots,
     select,
-    slot_areas,
-    visiting_order,
 )
 
 OFFSETS = [(0, y, x) for y, x in product((-1, 0, 1), repeat=2) if (y, x) != (0, 0)] + [(-1, 0, 0), (1, 0, 0)]
@@ -322,3 +325,65 @@ def test_bf16_logits_under_autocast() -> None:
     exact = select(attn.float(), obj.float(), GRID, config)
     assert all(torch.equal(one, other) for one, other in zip(low, exact, strict=True))
     assert value.sum.dtype == torch.float32
+
+
+# ---- labels, and the closed-form loss ----------------------------------------------------------------------------------------
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 9), st.integers(1, 4), st.integers(0, 10_000))
+def test_labels_are_the_first_of_equal_maxima(num_slots: int, levels: int, seed: int) -> None:
+    logits = torch.randint(levels, (2, 3, num_slots, 5), generator=torch.Generator().manual_seed(seed)).double()
+    labels = hard_labels(logits)
+    assert labels.dtype == torch.int8 and torch.equal(labels.long(), logits.argmax(dim=2))
+
+
+def test_many_slots_and_broken_logits_give_labels_in_range() -> None:
+    many = torch.randn(1, 1, 300, 4)
+    assert torch.equal(hard_labels(many).long(), many.argmax(dim=2))
+    broken = torch.full((1, 1, 5, 4), torch.nan)
+    assert hard_labels(broken).min() >= 0 and hard_labels(broken).max() < 5
+    config = SSyncConfig()
+    chosen = select(broken, broken, (2, 2), config)
+    assert boundary_term(broken, chosen, config).sum.isnan()  # said by the loss, not by an index out of range
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_closed_form_gradient(temperature: float) -> None:
+    logits, _ = random_logits(2, (2, 3, 4, 5))
+    logits.requires_grad_()
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(4, (2, 3, 5), generator=generator).to(torch.int8)
+    chosen = torch.rand(2, 3, 5, generator=generator) < 0.6
+    wanted = torch.nn.functional.one_hot(labels.long(), 4).transpose(2, 3)
+    plain = ((logits / temperature).softmax(dim=2) - wanted).square().sum(dim=2)[chosen].sum()
+    closed = label_error(logits, labels, chosen, temperature)
+    torch.testing.assert_close(closed, plain, rtol=1e-12, atol=1e-12)
+    (expected,), (found,) = (torch.autograd.grad(3 * value, logits) for value in (plain, closed))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_the_boundary_needs_no_decoder_and_the_interior_only_its_labels() -> None:
+    attn, obj = two_maps()
+    whole = select(attn, obj, GRID, PLAIN)
+    boundary, slot_map = boundary_targets(attn, GRID, PLAIN)
+    interior = interior_targets(hard_labels(obj), slot_map, GRID, PLAIN)
+    assert whole.boundary.any() and whole.interior.any()
+    assert torch.equal(boundary.labels, whole.merged_attn_labels) and torch.equal(boundary.chosen, whole.boundary)
+    assert torch.equal(interior.labels, whole.merged_object_labels) and torch.equal(interior.chosen, whole.interior)
+    by_decoder = SSyncConfig(merge=MergeConfig(source="D", threshold=0.5))
+    assert torch.equal(boundary_targets(attn, GRID, by_decoder, obj)[1], select(attn, obj, GRID, by_decoder).slot_map)
+
+
+def test_memory_is_linear_in_the_patches() -> None:
+    peaks = []
+    for frames in (8, 16):
+        attn, obj = (torch.randn(1, frames, 7, 256, requires_grad=True) for _ in range(2))
+
+        def losses(attn: Tensor = attn, obj: Tensor = obj) -> None:
+            chosen = select(attn, obj, (16, 16), PLAIN)
+            (boundary_term(obj, chosen, PLAIN).sum + interior_term(attn, chosen, PLAIN).sum).backward()
+
+        peaks.append(peak_of_tensors(losses, torch.device("cpu")).bytes)
+    assert peaks[1] < 2.2 * peaks[0]
+    assert peaks[1] < 9 * 16 * 7 * 256 * 4  # a few tensors as large as one map, both gradients among them

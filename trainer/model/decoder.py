@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import overload
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from trainer.kernels.fused_decoder import Settings, Weights, carry, decode, learn
+from trainer.kernels.products import choose_products
+from trainer.model.outputs import Decoded, DecoderTask
 from trainer.precision import at_least_float32
 
 
@@ -30,13 +34,24 @@ class MLPDecoder(nn.Module):
     Source: SlotContrast, released code (the same function, the same weights).
     Differs in how it is computed, exactly up to rounding: the first layer is linear in slot + position, so both are
     projected alone and added; the mixture is taken over the last hidden layer and projected once, which the maps allow
-    because they sum to one over the slots.
+    because they sum to one over the slots. With path="fused" the same is done chunk by chunk (see kernels/fused_decoder.py).
     The weights lie on this module, not on child layers: ZeRO-3 gathers what belongs to the module that runs.
     """
 
-    def __init__(self, dim: int, feature_dim: int, hidden: Sequence[int], grid: tuple[int, int], positions: str = "normal"):
+    def __init__(
+        self,
+        dim: int,
+        feature_dim: int,
+        hidden: Sequence[int],
+        grid: tuple[int, int],
+        positions: str = "normal",
+        path: str = "plain",
+        chunk_rows: int = 0,
+        products: str = "auto",
+    ):
         super().__init__()
         self.feature_dim = feature_dim
+        self.path, self.chunk_rows, self.products = path, chunk_rows, products
         num_patches = grid[0] * grid[1]
         start = fourier_positions(grid, dim) if positions == "fourier" else torch.randn(num_patches, dim) * dim**-0.5
         self.positions = nn.Parameter(start)
@@ -50,8 +65,37 @@ class MLPDecoder(nn.Module):
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         return getattr(self, f"weight_{index}"), getattr(self, f"bias_{index}")
 
-    def forward(self, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """Shapes: slots (N, S, D), N frames -> reconstruction (N, P, E), object_logits (N, S, P), at least float32."""
+    @overload
+    def forward(self, slots: Tensor) -> tuple[Tensor, Tensor]: ...
+    @overload
+    def forward(self, slots: Tensor, task: DecoderTask | Decoded, target: Tensor) -> tuple[Tensor, Decoded]: ...
+    def forward(self, slots, task=None, target=None):
+        """Shapes: slots (N, S, D), N frames -> reconstruction (N, P, E), object_logits (N, S, P), at least float32.
+
+        With a task, one pass that also learns: slots (B, T, S, D), target (B, T, P, E) -> a scalar of value 0 that carries the
+        gradient, and what was found. Without grad mode the gradients are in what was found; handed in as the task, they are
+        carried into another graph.
+        """
+        if task is None:
+            return self._whole(slots) if self.path == "plain" else decode(self._weights(), slots, self._settings(slots))
+        decoded = task
+        if isinstance(task, DecoderTask):
+            decoded = learn(self._weights(), slots.detach(), target, task, self._settings(slots))
+        if not torch.is_grad_enabled():
+            return slots.new_zeros(()), decoded
+        return carry(decoded.gradients, slots, list(self.parameters())), decoded._replace(gradients=())
+
+    def _weights(self) -> Weights:
+        return Weights(self.positions, tuple(self.layer(index) for index in range(self.num_layers)))
+
+    def _settings(self, slots: Tensor) -> Settings:
+        device = slots.device
+        bf16 = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if bf16 else slots.dtype
+        return Settings(self.chunk_rows, dtype, choose_products(self.products, device))
+
+    def _whole(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """The plain twin: every hidden tensor whole, autograd keeps them."""
         weight, bias = self.layer(0)
         from_slots, from_positions = linear(slots, weight, bias), linear(self.positions, weight)
         hidden = (from_slots[:, None] + from_positions[:, None]).relu()  # (N, P, S, H)

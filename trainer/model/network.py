@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from data_pipeline.errors import ConfigError
 from trainer.config import ModelConfig
 from trainer.model.decoder import MLPDecoder
-from trainer.model.outputs import ModelOutput
+from trainer.model.outputs import Encoded, ModelOutput, OnePassOutput, TaskOf
+from trainer.model.projector import Projector
 from trainer.model.recurrence import LearnedQueries, Predictor, SlotRecurrence
 from trainer.model.slot_attention import SlotAttention
 from trainer.precision import at_least_float32, full_precision
@@ -41,47 +45,104 @@ class VideoSlotModel(nn.Module):
         self.grid = grid
         self.feature_dim = config.feature_dim
         self.eval_decode_frames = config.eval_decode_frames
+        self.recompute_frames = config.recompute_frames
         self.transform = FeatureTransform(config.feature_dim, dim)
         self.initializer = LearnedQueries(config.num_slots, dim)
         self.recurrence = SlotRecurrence(
-            SlotAttention(dim, config.gru_hidden, config.query_key_gain),
+            SlotAttention(dim, config.gru_hidden, config.query_key_gain, config.patch_maps),
             Predictor(dim, config.predictor_heads, config.attention_scale),
             config.iters_first,
             config.iters_next,
         )
-        self.decoder = MLPDecoder(dim, config.feature_dim, config.decoder_hidden, grid, config.decoder_positions)
+        self.decoder = MLPDecoder(
+            dim,
+            config.feature_dim,
+            config.decoder_hidden,
+            grid,
+            config.decoder_positions,
+            path=config.decoder_path,
+            chunk_rows=config.decoder_chunk_rows,
+            products=config.decoder_products,
+        )
+        self.projector = Projector(dim, config.feature_dim) if config.projectors else None
 
-    def forward(self, features: Tensor, decode_frames: int | None = None) -> ModelOutput:
-        """Shapes: features (B, T, P, E). `decode_frames`: frames decoded at once; None: all.
+    @overload
+    def forward(self, features: Tensor) -> ModelOutput: ...
+    @overload
+    def forward(self, features: Tensor, task_of: TaskOf) -> OnePassOutput: ...
+    def forward(self, features, task_of=None):
+        """Shapes: features (B, T, P, E) of any float dtype; they are read in float32.
 
+        With `task_of`, the decoder learns in one pass and makes no maps: it is asked once slots and attention are known, and
+        says what to decode for. All in one call, because ZeRO-3 gathers weights around a module's call.
         Raises ConfigError if P or E are not what the model was built for.
         """
-        features = at_least_float32(features)
         self._check(features)
+        slots, attn_logits, *more = self._encode(features)
+        if self.projector is not None and torch.is_grad_enabled():
+            slots = slots + self.projector.nothing()
+        if task_of is None:
+            return self._add_views(self._decode(slots, attn_logits, features), more)
+        carrier, decoded = slots.new_zeros(()), None
+        task = task_of(Encoded(slots.detach(), attn_logits.detach(), self.grid))
+        if task is not None:
+            carrier, decoded = self.decoder(slots, task, features)
+        return OnePassOutput(slots, attn_logits, carrier, decoded, self.grid)
+
+    def _encode(self, features: Tensor) -> tuple[Tensor, ...]:
+        """What _encode_part gives, of all frames; `recompute_frames` frames at a time, of which the backward then keeps nothing
+        but features and what comes out."""
+        queries = self.initializer(features.shape[0])
+        length = self.recompute_frames or features.shape[1]
+        again = self.recompute_frames > 0 and torch.is_grad_enabled()
+        found = []
+        for number, part in enumerate(features.split(length, dim=1)):
+            if again:
+                found.append(checkpoint(self._encode_part, queries, part, number == 0, use_reentrant=False))
+            else:
+                found.append(self._encode_part(queries, part, number == 0))
+            queries = found[-1][0][:, -1]
+        if len(found) == 1:
+            return found[0]
+        return tuple(torch.cat(made, dim=1) for made in zip(*found, strict=True))
+
+    def _encode_part(self, queries: Tensor, features: Tensor, first: bool) -> tuple[Tensor, ...]:
+        """`queries` (B, S, D): the first queries, or the slots of the frame before -> slots (B, T, S, D), attn_logits
+        (B, T, S, P); then patch_maps (B, T, S, P) and the mapped features (B, T, P, D) where the model makes them."""
+        features = at_least_float32(features)
         mapped = self.transform(features)
         with full_precision(features):
-            slots, attn_logits = self.recurrence(self.initializer(features.shape[0]), at_least_float32(mapped))
-        reconstruction, object_logits = self._decode(slots.flatten(0, 1), decode_frames)
+            found = self.recurrence(queries, at_least_float32(mapped), first)
+        return found if self.projector is None else (*found, mapped)
+
+    def _add_views(self, output: ModelOutput, more: list[Tensor]) -> ModelOutput:
+        """What SRL's losses read beside the rest; `more` as _encode_part gives it."""
+        if self.recurrence.slot_attention.makes_patch_maps:
+            output = output._replace(patch_maps=more[0])
+        if self.projector is not None:
+            output = output._replace(projected=self.projector(output.reconstruction, output.target, more[-1]))
+        return output
+
+    @torch.no_grad()
+    def segment(self, features: Tensor, decode_frames: int | None = None) -> ModelOutput:
+        """The same for whole videos in evaluation: no gradient, and never more than `decode_frames` frames (None: as
+        configured) in the decoder at once."""
+        self._check(features)
+        frames = self.eval_decode_frames if decode_frames is None else decode_frames
+        slots, attn_logits, *_ = self._encode(features)
+        return self._decode(slots, attn_logits, features, frames)
+
+    def _decode(self, slots: Tensor, attn_logits: Tensor, features: Tensor, frames: int | None = None) -> ModelOutput:
+        parts = slots.flatten(0, 1).split(frames or max(1, slots.shape[0] * slots.shape[1]))
+        reconstruction, object_logits = (torch.cat(made) for made in zip(*map(self.decoder, parts), strict=True))
         return ModelOutput(
             slots=slots,
             attn_logits=attn_logits,
             object_logits=object_logits.unflatten(0, slots.shape[:2]),
             reconstruction=reconstruction.unflatten(0, slots.shape[:2]),
-            target=features.detach(),
+            target=at_least_float32(features).detach(),
             grid=self.grid,
         )
-
-    @torch.no_grad()
-    def segment(self, features: Tensor, chunk: int | None = None) -> ModelOutput:
-        """The same for whole videos in evaluation: no gradient, `chunk` frames decoded at once (None: as configured)."""
-        return self(features, decode_frames=self.eval_decode_frames if chunk is None else chunk)
-
-    def _decode(self, slots: Tensor, decode_frames: int | None) -> tuple[Tensor, Tensor]:
-        if decode_frames is None or slots.shape[0] <= decode_frames:
-            return self.decoder(slots)
-        parts = [self.decoder(part) for part in slots.split(decode_frames)]
-        reconstructions, logits = zip(*parts, strict=True)
-        return torch.cat(reconstructions), torch.cat(logits)
 
     def _check(self, features: Tensor) -> None:
         num_patches = self.grid[0] * self.grid[1]

@@ -1,4 +1,4 @@
-"""Which tensor of an official SlotContrast or SSync checkpoint is which of ours.
+"""Which tensor of an official SlotContrast, SSync or SRL checkpoint is which of ours.
 
 Official names lose the `module.` level of their time wrappers first, so video and image models read alike. Shapes agree
 but for leading axes of size one (first queries, decoder positions), which are dropped.
@@ -29,10 +29,13 @@ _LAYERS = {
     "processor.predictor.blocks.0.norm2": "recurrence.predictor.norm_mlp",
 }
 
+_PROJECTORS = {"projector": "of_reconstruction", "projector2": "of_mapped"}  # SRL's alone
+
 
 def official_names(num_decoder_layers: int) -> dict[str, str]:
     """Official name without `module.` -> our name, for a decoder of so many linear layers (hidden ones + 1)."""
     names = {"initializer.slots": "initializer.slots", "decoder.pos_emb": "decoder.positions"}
+    names |= {f"{official}.projector.weight": f"projector.{ours}.weight" for official, ours in _PROJECTORS.items()}
     for official, ours in _LAYERS.items():
         names |= {f"{official}.{kind}": f"{ours}.{kind}" for kind in ("weight", "bias")}
     for role in ("q", "k", "v"):
@@ -57,7 +60,11 @@ def from_official(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> 
             continue
         name = names.get(plain)
         if name is None:
-            raise ValueError(f"tensor {official} is not part of a SlotContrast or SSync model; check which method wrote the file")
+            raise ValueError(
+                f"tensor {official} is not part of a SlotContrast, SSync or SRL model; check which method wrote the file"
+            )
+        if name.startswith("projector.") and name not in like:
+            continue  # training alone needs them, as it needs model.projectors=true
         if tensor.squeeze().shape != like[name].squeeze().shape:
             raise ValueError(
                 f"tensor {official} has shape {tuple(tensor.shape)}; {name} needs {tuple(like[name].shape)}; "

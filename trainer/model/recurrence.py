@@ -74,16 +74,19 @@ class SlotRecurrence(nn.Module):
         self.iters_first = iters_first
         self.iters_next = iters_next
 
-    def forward(self, queries: Tensor, mapped: Tensor) -> tuple[Tensor, Tensor]:
-        """queries (B, S, D), mapped (B, T, P, D) -> slots (B, T, S, D), attn_logits (B, T, S, P)"""
+    def forward(self, queries: Tensor, mapped: Tensor, first: bool = True) -> tuple[Tensor, ...]:
+        """queries (B, S, D), mapped (B, T, P, D) -> slots (B, T, S, D), attn_logits (B, T, S, P), perhaps patch_maps (B, T, S, P)
+
+        With first=False the frames go on from those before, whose last slots are the queries.
+        """
         keys, values = self.slot_attention.keys_values(mapped)
-        slots: list[Tensor] = []
-        logits: list[Tensor] = []
-        for frame in range(mapped.shape[1]):  # each frame's queries come from the frame before: this loop cannot go
-            if frame > 0:
-                queries = self.predictor(slots[-1])
-            num_iters = self.iters_next if frame else self.iters_first
-            corrected, frame_logits = self.slot_attention(queries, keys[:, frame], values[:, frame], num_iters)
-            slots.append(corrected)
-            logits.append(frame_logits)
-        return torch.stack(slots, dim=1), torch.stack(logits, dim=1)
+        frames: list[tuple[Tensor, ...]] = []
+        # Each frame's queries come from the frame before: this loop cannot go. unbind, because the gradient of indexing a
+        # frame is as large as all frames, and T of those are quadratic in T.
+        for frame, (frame_keys, frame_values) in enumerate(zip(keys.unbind(1), values.unbind(1), strict=True)):
+            begins = first and frame == 0
+            if not begins:
+                queries = self.predictor(frames[-1][0] if frames else queries)
+            num_iters = self.iters_first if begins else self.iters_next
+            frames.append(self.slot_attention(queries, frame_keys, frame_values, num_iters))
+        return tuple(torch.stack(made, dim=1) for made in zip(*frames, strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 EPS = 1e-8  # keeps the renormalisation over patches finite where a slot gets nothing
@@ -28,7 +29,7 @@ class SlotAttention(nn.Module):
     slots, as in the released code, whose weights need it; "raw" is the paper. The softmax scale is folded into q.
     """
 
-    def __init__(self, dim: int, gru_hidden: str = "normed", query_key_gain: float = 1.0):
+    def __init__(self, dim: int, gru_hidden: str = "normed", query_key_gain: float = 1.0, patch_maps: bool = False):
         super().__init__()
         self.norm_features = nn.LayerNorm(dim)
         self.norm_slots = nn.LayerNorm(dim)
@@ -38,6 +39,7 @@ class SlotAttention(nn.Module):
         self.gru = nn.GRUCell(dim, dim)
         self.mlp = ResidualMLP(dim)
         self.gru_reads_normed = gru_hidden == "normed"
+        self.makes_patch_maps = patch_maps
         self.scale = dim**-0.5
         for layer in (self.to_q, self.to_k):
             layer.weight.data.mul_(query_key_gain)
@@ -47,20 +49,24 @@ class SlotAttention(nn.Module):
         normed = self.norm_features(mapped)
         return self.to_k(normed), self.to_v(normed)
 
-    def forward(self, queries: Tensor, keys: Tensor, values: Tensor, num_iters: int) -> tuple[Tensor, Tensor]:
+    def forward(self, queries: Tensor, keys: Tensor, values: Tensor, num_iters: int) -> tuple[Tensor, ...]:
         """One frame.
 
         Shapes: queries (B, S, D), keys and values (B, P, D) -> slots (B, S, D), attn_logits (B, S, P) of the last
-        iteration, scaled, from the slots *before* that iteration's update.
+        iteration, scaled, from the slots *before* that iteration's update; and, with patch_maps, softmax over patches of the
+        logits, mean over the iterations (B, S, P).
         """
         slots = queries
+        patch_maps = []
         for _ in range(num_iters):
             normed = self.norm_slots(slots)
             attn_logits = (self.to_q(normed) * self.scale) @ keys.mT
             attn_maps = attn_logits.softmax(dim=1)
+            if self.makes_patch_maps:
+                patch_maps.append(attn_logits.softmax(dim=2))
             weights = attn_maps + EPS
             updates = (weights @ values) / weights.sum(dim=2, keepdim=True)
             hidden = normed if self.gru_reads_normed else slots
             updated = self.gru(updates.flatten(0, 1), hidden.flatten(0, 1)).view_as(slots)
             slots = self.mlp(updated)
-        return slots, attn_logits
+        return (slots, attn_logits, torch.stack(patch_maps).mean(dim=0)) if patch_maps else (slots, attn_logits)

@@ -17,7 +17,15 @@ from trainer.observe.score_table import percent, score_table
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-_SHORT = {"feature_reconstruction": "rec", "slot_contrast": "contrast", "ssync_boundary": "bound", "ssync_interior": "inter"}
+_SHORT = {
+    "feature_reconstruction": "rec",
+    "slot_contrast": "contrast",
+    "ssync_boundary": "bound",
+    "ssync_interior": "inter",
+    "srl_decoder": "dec",
+    "srl_encoder": "enc",
+    "srl_regulariser": "reg",
+}
 _PLAIN_BAR_WIDTH = 20
 
 

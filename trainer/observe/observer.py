@@ -21,9 +21,10 @@ from trainer.config import RunConfig
 from trainer.engine import Engine
 from trainer.evaluate import Evaluation
 from trainer.metrics.throughput import Meter
+from trainer.objective import terms_of
 from trainer.observe import targets
 from trainer.observe.console import Console
-from trainer.observe.prometheus import Exporter, StepStats
+from trainer.observe.prometheus import MAX_LOSS_TERMS, Exporter, StepStats
 from trainer.observe.report import write_report
 from trainer.observe.run_log import RunLog
 from trainer.step import StepReport
@@ -179,13 +180,12 @@ class Observer:
     def _export(self) -> Exporter:
         """Serve this rank's metrics; rank 0 publishes where all of them are. Collective."""
         config = self.config
-        terms = ("feature_reconstruction", "slot_contrast", "ssync_boundary", "ssync_interior")
         exporter = Exporter(
             rank=self.world.rank,
             world_size=self.world.size,
             address=config.observe.metrics_address,
             run_dir=self.run,
-            loss_terms=terms,
+            loss_terms=terms_of(config.objective)[:MAX_LOSS_TERMS],
             run_info={"name": config.name, "features": config.data.features, "seed": str(config.seed)},
         )
         node = os.environ.get("SLOTSTREAM_NODE", "node0")

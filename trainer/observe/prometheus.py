@@ -34,6 +34,7 @@ SCORES = ("video_fg_ari", "video_mbo", "frame_fg_ari", "frame_mbo")  # the close
 MEMORY_KINDS = ("host", "device")  # host: resident set; device: peak of what the allocator held
 BUCKETS_S = (0.05, 0.5, 5.0)  # with +Inf 4 buckets: 5 phases x (4 + sum + count) are 30 of the 60 series
 MAX_SERIES = 60
+MAX_LOSS_TERMS = 4  # beside the total: what the other series leave room for. metrics.jsonl holds all of a run's terms
 
 _GAUGES = {
     "slotstream_last_step_timestamp_seconds": "When this rank finished its last update, seconds since 1970.",
@@ -235,4 +236,4 @@ def _resident_bytes() -> int:
         return 0
 
 
-__all__ = ["BUCKETS_S", "MAX_SERIES", "PHASES", "SCORES", "Exporter", "StepStats", "most_series"]
+__all__ = ["BUCKETS_S", "MAX_LOSS_TERMS", "MAX_SERIES", "PHASES", "SCORES", "Exporter", "StepStats", "most_series"]
