@@ -9,7 +9,8 @@ from typing import Any
 
 
 def describe(threads: int, device: str) -> dict[str, Any]:
-    import deepspeed
+    from importlib.metadata import version
+
     import torch
 
     return {
@@ -18,7 +19,7 @@ def describe(threads: int, device: str) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "threads": threads,
         "torch": torch.__version__,
-        "deepspeed": deepspeed.__version__,
+        "deepspeed": version("deepspeed"),
         "python": platform.python_version(),
         "load": round(os.getloadavg()[0], 1),
     }

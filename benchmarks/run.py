@@ -22,6 +22,11 @@ from benchmarks.shapes import QUICK, SHAPES, Shape, compose_run  # noqa: E402
 if TYPE_CHECKING:
     from benchmarks.table import Row
 
+# parts of the table, in its order; those of benchmarks/targets.py and growth are left out of --quick unless asked for
+OWN_SECTIONS = ("parts", "memory", "selection", "loader", "ranks")
+TARGET_SECTIONS = ("decoder", "step", "ssync", "srl", "long_clip", "plan")
+SECTIONS = (*TARGET_SECTIONS, "growth", *OWN_SECTIONS)
+
 NOTES = """\
 Each figure is a median of {steps} rounds after a warm-up; a step's shares are of {share_of}, means over the rounds.
 CPU ms: processor time of all threads of the process. wall ms: elapsed time, which other programs on the machine lengthen.
@@ -31,9 +36,11 @@ training step: the trainer's own step (trainer.step.train_step) under DeepSpeed 
 tensors: the most that torch's allocator held at once, exact, touched or not. Resident memory has besides what libraries use
   as scratch space and what the allocator keeps.
 SSync alone: selection, both losses and their gradient with respect to the two logit maps; both maps are there before.
-loading: {videos} videos of two clips, features only, just written (page cache, no disk). ClipLoader reads a clip's window with
+published code: constants, not measured in this run (benchmarks/published.py); seconds are multiplied by how much longer the
+  decoder in its released form takes here and now.
+loading: {videos} videos of six clips, features only, just written (page cache, no disk). ClipLoader reads a clip's window with
   {threads} threads and checks CRC-32C; webdataset reads and decodes whole videos in one thread and checks nothing; the copy is
-  a memcpy. Longer videos and more views widen the gap to webdataset, which must read what it does not use."""
+  a memcpy of the same bytes of the shards into as many batches. Ratios to the copy are of speed, to webdataset of CPU time."""
 CUDA_NOTE = "\nThe device is waited for at the ends of each part: parts that could overlap do not."
 
 
@@ -50,11 +57,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda where there is one")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, two rounds: shows that it runs, figures mean nothing")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, metavar="PART", help=f"parts of the table: {', '.join(SECTIONS)}")
+    parser.add_argument(
+        "--results", type=Path, metavar="DIR", help="also write the figures there, as JSON and Markdown by date and CPU"
+    )
     parser.add_argument("--no-ranks", action="store_true", help="leave out the rows that start other processes")
     options = parser.parse_args(argv)
     for name in ("threads", "steps"):
         if getattr(options, name) < 1:
             parser.error(f"--{name}={getattr(options, name)}; it must be at least 1")
+    if options.results and not options.results.is_dir():
+        parser.error(f"--results={options.results}; no such folder; make it first")
     if options.json and not options.json.absolute().parent.is_dir():
         parser.error(f"--json={options.json}; its folder does not exist; make it first")
     return options
@@ -73,6 +86,10 @@ def main(argv: list[str]) -> int:
     if options.json:
         plain = report | {"rows": [asdict(row) for row in report["rows"]], "notes": report["notes"].splitlines()}
         options.json.write_text(json.dumps(plain, indent=1) + "\n")
+    if options.results:
+        from benchmarks.results_files import write
+
+        write(options.results, report, options.steps)
     return 0
 
 
@@ -95,21 +112,33 @@ def measure_all(options: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(options.threads)
     shape = QUICK if options.quick else SHAPES[options.shape]
     steps = 2 if options.quick else options.steps
+    chosen = set(options.only or (OWN_SECTIONS if options.quick else SECTIONS)) - ({"ranks"} if options.no_ranks else set())
     run = compose_run(shape)
     rows: list[Row] = []
-    _say("training step")
+    _say("parts of a training step")
     step = step_cost.StepUnderTest(run, shape, options.device)
     about = machine.describe(options.threads, step.device.type)
-    rows += step_cost.time_rows(step, steps)
-    _say("memory of a step")
-    rows += step_cost.memory_rows(step)
+    if device_is_cpu := step.device.type == "cpu":
+        from benchmarks import growth, targets
+
+        rows += targets.rows([name for name in TARGET_SECTIONS if name in chosen], steps, _say)
+    if device_is_cpu and "growth" in chosen:
+        _say("growth")
+        rows += growth.rows(steps)
+    if "parts" in chosen:
+        rows += step_cost.time_rows(step, steps)
+    if "memory" in chosen:
+        _say("memory of a step")
+        rows += step_cost.memory_rows(step)
     device, precision = step.device, step.engine.precision
     del step
-    _say("SSync alone")
-    rows += ssync_cost.rows(run.objective, run.model.num_slots, shape, steps, device)
-    _say("loader")
-    rows += loader_cost.rows(shape, run.model.feature_dim, steps)
-    if not options.no_ranks:
+    if "selection" in chosen:
+        _say("SSync alone")
+        rows += ssync_cost.rows(run.objective, run.model.num_slots, shape, steps, device)
+    if "loader" in chosen:
+        _say("loader")
+        rows += loader_cost.rows(shape, run.model.feature_dim, steps)
+    if "ranks" in chosen:
         _say("ranks")
         rows += rank_cost.rows(5 * steps, run.parallel.zero_stage)
     return {

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 class Shape:
     """What is measured.
 
-    `overrides` compose the run; `loader_grid` is the patch grid of the loader's shards; `merge_areas` are (T, side) of
-    SSync's own rows, T*side*side patches each.
+    `overrides` compose the run; `loader_grid` is the patch grid of the loader's shards; `planned_samples` is the size of a
+    dataset whose order is planned; `merge_areas` are (T, side) of SSync's own rows, T*side*side patches each.
     """
 
     overrides: tuple[str, ...]
@@ -25,6 +25,7 @@ class Shape:
     frames: int
     loader_grid: tuple[int, int]
     loader_videos: int = 24
+    planned_samples: int = 10_000_000
     merge_areas: tuple[tuple[int, int], ...] = ((4, 32), (16, 32), (16, 64))
 
 
@@ -56,6 +57,7 @@ QUICK = Shape(
     frames=3,
     loader_grid=(3, 4),
     loader_videos=6,
+    planned_samples=10_000,
     merge_areas=((2, 4), (4, 8), (8, 16)),
 )
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
+from benchmarks.growth import growth_exponent
 from benchmarks.measure import median_of, peak_of_tensors, timed
 from benchmarks.shapes import Shape
+from benchmarks.ssync import fast
 from benchmarks.table import Row
 from trainer.config import ObjectiveConfig
-from trainer.objective import ssync
 
 MIB = 2**20
 
@@ -28,14 +27,6 @@ def rows(objective: ObjectiveConfig, num_slots: int, shape: Shape, rounds: int, 
     return [*found[:-1], replace(found[-1], ratio=exponent, beside=beside)]
 
 
-def growth_exponent(sizes: list[int], values: list[float]) -> float:
-    """Slope of log(value) over log(size), least squares: 1 is linear, 2 is quadratic."""
-    x, y = [math.log(size) for size in sizes], [math.log(value) for value in values]
-    centre_x, centre_y = sum(x) / len(x), sum(y) / len(y)
-    over = sum((one - centre_x) * (other - centre_y) for one, other in zip(x, y, strict=True))
-    return over / sum((one - centre_x) ** 2 for one in x)
-
-
 def _row(
     section: str, objective: ObjectiveConfig, num_slots: int, frames: int, side: int, rounds: int, device: torch.device
 ) -> Row:
@@ -45,7 +36,7 @@ def _row(
     )
 
     def call() -> None:
-        _losses(attn, objects, (side, side), objective).backward()
+        fast(attn, objects, (side, side), objective.ssync).backward()
         attn.grad = objects.grad = None
 
     call()
@@ -57,10 +48,3 @@ def _row(
         wall_ms=seconds.wall * 1e3,
         peak_mib=peak_of_tensors(call, device).bytes / MIB,
     )
-
-
-def _losses(attn_logits: Tensor, object_logits: Tensor, grid: tuple[int, int], objective: ObjectiveConfig) -> Tensor:
-    selection = ssync.select(attn_logits, object_logits, grid, objective.ssync)
-    boundary = ssync.boundary_term(object_logits, selection, objective.ssync)
-    interior = ssync.interior_term(attn_logits, selection, objective.ssync)
-    return boundary.sum / boundary.count.clamp(min=1) + interior.sum / interior.count.clamp(min=1)

@@ -20,8 +20,8 @@ from trainer.build import build_model
 from trainer.config import ObjectiveConfig, RunConfig
 from trainer.engine import Engine, choose_device
 from trainer.model.network import VideoSlotModel
-from trainer.model.outputs import ModelOutput
-from trainer.objective import Objective, TermValue
+from trainer.model.outputs import Decoded, Encoded, ModelOutput
+from trainer.objective import Lessons, Objective, TermValue
 from trainer.step import train_step
 
 MIB = 2**20
@@ -29,7 +29,7 @@ REST = "rest of the step"
 PARTS = (
     "feature transform",
     "slot attention + predictor",
-    "decoder forward",
+    "decoder",
     "feature reconstruction",
     "SSync selection + losses",
     "slot contrast",
@@ -41,7 +41,10 @@ WARM_UP = 2
 
 
 class TimedObjective(Objective):
-    """An objective whose terms are timed one by one: SSync's come from an objective with those weights alone."""
+    """An objective whose terms are timed one by one: SSync's come from an objective with those weights alone.
+
+    Where the decoder learns in one pass, its row holds reconstruction and boundary loss and their gradient, too.
+    """
 
     def __init__(self, config: ObjectiveConfig, max_steps: int, clock: PartClock) -> None:
         super().__init__(config, max_steps)
@@ -56,6 +59,14 @@ class TimedObjective(Objective):
             terms = self._reconstruction.local(output, step)
         with self.clock.part("SSync selection + losses"):
             return terms | self._ssync.local(output, step)
+
+    def lessons(self, encoded: Encoded, step: int) -> Lessons | None:
+        with self.clock.part("SSync selection + losses"):
+            return super().lessons(encoded, step)
+
+    def local_one_pass(self, encoded: Encoded, decoded: Decoded, lessons: Lessons | None, step: int) -> dict[str, TermValue]:
+        with self.clock.part("SSync selection + losses"):
+            return super().local_one_pass(encoded, decoded, lessons, step)
 
     def coupled(self, slots: Tensor, own: slice, step: int) -> dict[str, TermValue]:
         with self.clock.part("slot contrast"):
@@ -116,7 +127,7 @@ def _time_children(model: VideoSlotModel, clock: PartClock) -> None:
     children: dict[str, nn.Module] = {
         "feature transform": model.transform,
         "slot attention + predictor": model.recurrence,
-        "decoder forward": model.decoder,
+        "decoder": model.decoder,
     }
     for name, module in children.items():
         module.register_forward_pre_hook(_before(clock, name))

@@ -31,7 +31,7 @@ def render(rows: Sequence[Row]) -> str:
     for number, row in enumerate(rows):
         if number == 0 or rows[number - 1].section != row.section:
             lines.append([row.section])
-        lines.append([f"  {row.name}", *(_cell(name, getattr(row, name)) for name in COLUMNS), row.beside])
+        lines.append([f"  {row.name}", *(cell(name, getattr(row, name)) for name in COLUMNS), row.beside])
     full = [line for line in lines if len(line) > 1]
     widths = [max(len(line[column]) for line in full) for column in range(len(HEADINGS) + 2)]
     return "\n".join(_line(line, widths) for line in lines)
@@ -45,7 +45,7 @@ def _line(cells: list[str], widths: list[int]) -> str:
     return f"{first.ljust(widths[0])}  {middle}  {last}".rstrip()
 
 
-def _cell(name: str, value: float | None) -> str:
+def cell(name: str, value: float | None) -> str:
     if value is None:
         return ""
     if name == "share":
