@@ -21,12 +21,12 @@ from trainer.objective.ssync import boundary_term, interior_term, select
 def interpreted() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
-        pytest.importorskip("triton", reason="pip install triton: 1 GB on disk, so it is not among the tools for development")
+        pytest.importorskip("triton", reason="triton: make test-kernels runs these")
         from triton.language import sum as total
         from triton.runtime.interpreter import InterpretedFunction
 
         if not isinstance(total, InterpretedFunction):
-            pytest.skip("triton was imported before: run this file alone, or everything with TRITON_INTERPRET=1")
+            pytest.skip("triton: it was imported before; make test-kernels runs these alone")
         yield
 
 
