@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.config import parse as parse_launch
 from data_pipeline.compose import compose
 from data_pipeline.config import BuildConfig
 from data_pipeline.features import GROUP_SCHEMAS as FEATURE_SCHEMAS
@@ -35,6 +36,13 @@ def test_a_command_is_understood(command):
     words = shlex.split(command)
     if words[0] == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    elif words[1:3] == ["cluster/launch.py", "plan"]:
+        result = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+        assert result.returncode == 0 and "binds:" in result.stdout, result.stdout + result.stderr
+    elif "build-shards" in words:
+        assert parse_launch(words[2:]).job == "build-shards"
+        settings = [word for word in words if "=" in word]
+        assert isinstance(compose("build_shards", BuildConfig, settings, {**SOURCE_SCHEMAS, **FEATURE_SCHEMAS}), BuildConfig)
     elif words[1] == "cluster/launch.py":
         dry = [] if "--dry-run" in words else ["--dry-run"]
         result = subprocess.run(
@@ -44,11 +52,16 @@ def test_a_command_is_understood(command):
         assert "trainer.main" in result.stdout
         compose("train", RunConfig, [word for word in words if "=" in word])
     elif words[2] == "data_pipeline.build":
-        assert isinstance(compose("build_shards", BuildConfig, words[3:], {**SOURCE_SCHEMAS, **FEATURE_SCHEMAS}), BuildConfig)
+        settings = [word for word in words[3:] if word != "--dry-run"]
+        assert isinstance(compose("build_shards", BuildConfig, settings, {**SOURCE_SCHEMAS, **FEATURE_SCHEMAS}), BuildConfig)
     elif words[2] == "trainer.evaluate":
         assert compose("evaluate", EvaluationConfig, words[3:]).run
     else:
-        assert words[2] in ("data_pipeline.inspect", "data_pipeline.verify") and len(words) == 4
+        assert words[2] in ("data_pipeline.inspect", "data_pipeline.verify", "data_pipeline.plan")
+        result = subprocess.run(
+            [sys.executable, *words[1:3], "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+        )
+        assert result.returncode == 0 and all(word in result.stdout for word in words[4:] if word.startswith("--")), result.stderr
 
 
 def test_links_and_named_files_exist():
@@ -59,7 +72,7 @@ def test_links_and_named_files_exist():
 
 
 def test_experiments_named_are_there():
-    names = set(re.findall(r"`((?:slotcontrast|ssync)_[a-z]+\w*)`", TEXT)) - {"ssync_pairwise", "ssync_seed0"}
+    names = set(re.findall(r"`((?:slotcontrast|srl|ssync)_[a-z]+\w*)`", TEXT)) - {"ssync_pairwise", "ssync_seed0"}
     assert names == {path.stem for path in (ROOT / "configs" / "experiment").glob("*.yaml")} - {"demo"}
 
 
