@@ -30,6 +30,7 @@ class ClipBatch:
     sample_ids: tuple[int, ...]
     keys: tuple[str, ...]
     starts: tuple[int, ...]
+    positions: tuple[int, ...] = ()  # of the clips in the endless stream of all ranks; evaluation has none
     step: int = 0
     epoch: int = 0
     codec: str = "float32"
@@ -52,6 +53,13 @@ class ClipBatch:
         """What the model reads: float32 (B, T, P, E) on the device where the batch lies."""
         return CODECS[self.codec].restore(self.features, self.grid[0] * self.grid[1], self.statistics)
 
+    def band(self, first: int, last: int) -> ClipBatch:
+        """The same clips, of the patch grid only rows [first, last), still as they are stored."""
+        rows, columns = self.grid
+        patches = slice(first * columns, last * columns)
+        cut = CODECS[self.codec].cut(self.features, rows * columns, patches, self.statistics)
+        return replace(self, features=cut, grid=(last - first, columns))
+
     def to(self, device: torch.device) -> ClipBatch:
         """The same batch with its features on `device`, still as they are stored; frames and masks stay where they are."""
         statistics = None if self.statistics is None else self.statistics.to(device, non_blocking=True)
@@ -70,6 +78,7 @@ class ClipBatch:
                 sample_ids=self.sample_ids[cut],
                 keys=self.keys[cut],
                 starts=self.starts[cut],
+                positions=self.positions[cut],
                 statistics=None if self.statistics is None else self.statistics[cut],
                 cuts=self.cuts[cut],
                 frames=None if self.frames is None else self.frames[cut],

@@ -20,7 +20,15 @@ from typing import Any
 from data_pipeline.build_jobs import Maker, Progress, check_skipped, choose_device, run_jobs
 from data_pipeline.build_plan import Job, Split, announce, check_grid, estimate, plan
 from data_pipeline.build_ranks import FolderLock, Place, Stopped, Team, join
-from data_pipeline.build_settings import adopt_settings, prepare_folder, remove_shards, statistics_of, videos_of
+from data_pipeline.build_settings import (
+    adopt_settings,
+    check_settings,
+    prepare_folder,
+    remove_shards,
+    settings_of,
+    statistics_of,
+    videos_of,
+)
 from data_pipeline.codec import CodecError, find_codec
 from data_pipeline.compose import compose, run_command
 from data_pipeline.config import BuildConfig
@@ -43,6 +51,7 @@ On several machines: python cluster/launch.py --nodes N build-shards source=NAME
 
   source=NAME              which dataset: {sources}
   features=NAME            which extractor: {features}
+                           none: frames alone, for training with data.input=frames
   features.layer=last_block  of a DINOv2 model: last_block, last_block_keys (VideoSAUR)
   root=FOLDER              where the dataset lies (a generated one needs none)
   out=FOLDER               where the shards go
@@ -107,8 +116,12 @@ def compose_build(overrides: list[str]) -> BuildConfig:
 def dry_run(config: BuildConfig) -> None:
     """Say what `build` would write, and refuse what it would refuse before its first write."""
     source, extractor, keys = _open(config)
+    out = Path(config.out)
+    if out.exists() and not out.is_dir():
+        raise DataError(f"out={out}: File exists; a folder that can be written is needed; change out")
+    check_settings(out, settings_of(config, extractor), config)
     sizes = [estimate(config, source, extractor, split, keys[split]) for split in config.splits]
-    announce(config, extractor, sizes, Path(config.out))
+    announce(config, extractor, sizes, out)
 
 
 def build(config: BuildConfig, place: Place | None = None) -> None:
@@ -273,7 +286,7 @@ def _count_skipped(config: BuildConfig, job: Job, sidecar: dict[str, Any], team:
 
 def _write_index(maker: Maker, split: Split, sidecars: list[dict[str, Any]]) -> None:
     config, extractor = maker.config, maker.extractor
-    grid = config.source.image_size // extractor.patch_size
+    grid = config.source.image_size // extractor.patch_size if extractor.width else 0
     quality = CodecError.report(sidecar["codec_error"] for sidecar in sidecars)
     features = {
         "extractor": extractor.name,
@@ -284,7 +297,7 @@ def _write_index(maker: Maker, split: Split, sidecars: list[dict[str, Any]]) -> 
         "image_size": config.source.image_size,
         "resize": config.source.resize,
         "fingerprint": extractor.fingerprint,
-        "codec": config.codec,
+        "codec": config.codec if extractor.width else "float32",  # of no features: one that needs nothing
         "statistics": None if maker.statistics is None else maker.statistics.to_json(),
         "quality": quality,
         "views": list(split.views),
@@ -300,10 +313,11 @@ def _say_split(index: DatasetIndex, name: str, quality: dict[str, Any]) -> None:
     error, kept = quality["err_std"], quality["nearest_neighbour"]
     shown = "not measured" if error is None else f"{error:.2g} of a channel's deviation"
     shown += "" if kept is None else f", {kept:.1%} of nearest neighbours kept"
+    codec = f"error of codec {index.features['codec']}: {shown}" if index.has_features else "no features"
     print(
         f"{name}: {len(index.samples)} videos, {sum(sample.frames for sample in index.samples)} frames, "
         f"{format_bytes(size)} in {len(index.shards)} shards, {len(index.skipped)} videos skipped, "
-        f"error of codec {index.features['codec']}: {shown}, version {index.version[:12]}"
+        f"{codec}, version {index.version[:12]}"
     )
     for skip in index.skipped[:SHOWN_SKIPS]:
         print(f"  skipped {skip['key']}: {skip['reason']}")

@@ -73,6 +73,9 @@ def check_grid(config: BuildConfig, extractor: Any) -> None:
 
 
 def views_of(config: BuildConfig, split: str) -> tuple[str, ...]:
+    """Views whose features are stored."""
+    if config.features.name == "none":
+        return ()
     return tuple(config.source.train_views) if split == TRAIN_SPLIT else EVAL_VIEWS
 
 
@@ -119,9 +122,10 @@ def announce(config: BuildConfig, extractor: Any, sizes: list[Size], out: Path) 
     """Say how much will be written. Raises DataError when it cannot fit; shards that are there already count as written."""
     grid = config.source.image_size // extractor.patch_size
     for size in sizes:
+        views = views_of(config, size.split)
+        taken = f"views {', '.join(views)}, {grid} x {grid} patches x {extractor.width} {config.codec}"
         print(
-            f"{size.split}: {size.num_videos} videos of about {size.num_frames:.0f} frames, "
-            f"views {', '.join(views_of(config, size.split))}, {grid} x {grid} patches x {extractor.width} {config.codec}: "
+            f"{size.split}: {size.num_videos} videos of about {size.num_frames:.0f} frames, {taken if views else 'no features'}: "
             f"about {format_bytes(size.bytes)} in {size.num_shards} shards"
         )
     total, free = sum(size.bytes for size in sizes), shutil.disk_usage(_existing(out)).free

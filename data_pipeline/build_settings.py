@@ -42,7 +42,7 @@ def prepare_folder(config: BuildConfig, source: Any, extractor: Any, out: Path) 
     """
     settings = settings_of(config, extractor)
     check_settings(out, settings, config)
-    if config.overwrite:
+    if config.overwrite or (_changed(out, settings) and not _is_begun(out)):
         _clear(out, config.splits)
     remove_leftovers(out)
     known = _write_settings(out, settings)
@@ -50,8 +50,10 @@ def prepare_folder(config: BuildConfig, source: Any, extractor: Any, out: Path) 
         _fit(config, source, extractor, out)
         settings["fingerprint"] = extractor.fingerprint
         check_settings(out, settings, config)
+        if _changed(out, settings):  # no shard is there: statistics of other features must not stay either
+            (out / SETTINGS_NAME).unlink()
         known = _write_settings(out, settings)
-    if find_codec(config.codec).needs_statistics:
+    if extractor.width and find_codec(config.codec).needs_statistics:
         if "statistics" not in known:
             settings["statistics"] = _statistics(config, source, extractor).to_json()
             known = _write_settings(out, settings)
@@ -95,22 +97,32 @@ def statistics_of(settings: Mapping[str, Any], width: int) -> ChannelStatistics 
 
 def check_settings(out: Path, settings: Mapping[str, Any], config: BuildConfig) -> None:
     """Refuse to mix shards of two kinds in one folder. `settings` may lack what is not known yet."""
-    path = out / SETTINGS_NAME
-    if not path.exists():
+    changed = _changed(out, settings)
+    if not changed or not _is_begun(out):
         return
-    before, now = _flat(read_json(path, "the settings of a build", _REMEDY)), _flat(settings)
-    changed = [name for name in now if name in before and before[name] != now[name]]
-    if not changed:
-        return
-    name = changed[0]
+    name, before, now = changed[0]
     if not config.overwrite:
-        raise ConfigError(f"{name}={now[name]}, but {out} was built with {before[name]}; both must agree; {_REMEDY}")
+        raise ConfigError(f"{name}={now}, but {out} was built with {before}; both must agree; {_REMEDY}")
     others = _other_splits(out, config.splits)
     if others:
         raise ConfigError(
-            f"{name}={now[name]}, but split {others[0]} in {out} was built with {before[name]} and is not among splits; "
+            f"{name}={now}, but split {others[0]} in {out} was built with {before} and is not among splits; "
             f"all splits must be built alike; add it to splits or choose another out"
         )
+
+
+def _changed(out: Path, settings: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(name, value in the folder, value now) of settings that differ."""
+    path = out / SETTINGS_NAME
+    if not path.exists():
+        return []
+    before, now = _flat(read_json(path, "the settings of a build", _REMEDY)), _flat(settings)
+    return [(name, before[name], now[name]) for name in now if name in before and before[name] != now[name]]
+
+
+def _is_begun(out: Path) -> bool:
+    """A build that ended before its first shard binds nobody to its settings."""
+    return any(any(out.glob(f"*/{name}")) for name in (INDEX_NAME, "*.tar"))
 
 
 def _other_splits(out: Path, splits: Iterable[str]) -> list[str]:
@@ -175,9 +187,14 @@ def videos_of(source: Any, config: BuildConfig, split: str) -> list[str]:
 
 
 def _fit(config: BuildConfig, source: Any, extractor: Any, out: Path) -> None:
-    """Fit the extractor on the first training videos, once; from then on it is read from <out>."""
+    """Fit the extractor on the first training videos, once, or take another build's; from then on it is read from <out>."""
     path = out / PROJECTION_NAME
-    if not path.exists():
+    if config.features.weights is not None:
+        extractor.load(Path(config.features.weights))
+        if path.exists() and _is_begun(out):
+            return  # whether it is the folder's own is for the caller to check, by its fingerprint
+        extractor.save(path)
+    elif not path.exists():
         keys = videos_of(source, config, TRAIN_SPLIT)[: getattr(config.features, "num_fit_clips", None)]
         print(f"fitting {extractor.name} on {len(keys)} videos", flush=True)
         with one_thread():

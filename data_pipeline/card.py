@@ -1,4 +1,4 @@
-"""A dataset card: README.md beside the splits of a build, for whoever finds the shards later.
+"""Command, and last step of a build: a dataset card beside the splits. `python -m data_pipeline.card FOLDER`
 
 Comes in: the indexes of a build, and its settings.json where that lies there. Goes out: Markdown. It follows from what was built
 alone: no date, no path of a machine, so that the same build has the same card.
@@ -6,12 +6,15 @@ alone: no date, no path of a machine, so that the same build has the same card.
 
 from __future__ import annotations
 
+import argparse
 import re
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from data_pipeline.compose import run_command
 from data_pipeline.errors import DataError
 from data_pipeline.files import write_atomically
 from data_pipeline.inspect import codec_error, ranked
@@ -33,6 +36,10 @@ class Origin(NamedTuple):
     terms: str
 
 
+CHECKING = """\
+Check every byte: `python -m data_pipeline.verify FOLDER`. Look at them: `python -m data_pipeline.inspect FOLDER`. The version of
+a split is a hash of its whole index, which holds the sha256 of every shard: equal versions are equal data.
+"""
 OWN = "made by this project's code; Apache-2.0, like the code"
 UNKNOWN = Origin("", "", "those of the videos and annotations that the shards were made from")
 ORIGINS: dict[str, Origin] = {
@@ -72,6 +79,16 @@ ORIGINS: dict[str, Origin] = {
 }
 
 
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m data_pipeline.card",
+        description=f"Write the dataset card of built shards anew: {CARD_NAME} (of a README that is not ours: {OTHER_NAME}).",
+    )
+    parser.add_argument("shards", help="folder of a build, with its splits below")
+    print(write_card(Path(parser.parse_args(argv).shards)))
+    return 0
+
+
 def write_card(out: Path) -> Path:
     """Write the card of the build in `out`; returns where. A README.md that someone else wrote is left alone.
 
@@ -94,7 +111,7 @@ def card(out: Path) -> str:
     splits = dict(sorted(indexes.items(), key=lambda item: (item[0] != "train", item[0])))
     first = next(iter(splits.values()))
     parts = [
-        f"{MARK}\n\n# {_origin(first).title or first.dataset['source']} with {first.features['extractor']} features\n",
+        f"{MARK}\n\n# {_origin(first).title or first.dataset['source']}{_with_features(first)}\n",
         _about(first, _source_settings(out)),
         _table(splits),
         _features(splits),
@@ -102,6 +119,10 @@ def card(out: Path) -> str:
         _skipped(splits),
     ]
     return "\n".join(part for part in parts if part)
+
+
+def _with_features(index: DatasetIndex) -> str:
+    return f" with {index.features['extractor']} features" if index.has_features else ": frames"
 
 
 def _origin(index: DatasetIndex) -> Origin:
@@ -131,7 +152,8 @@ def _about(index: DatasetIndex, settings: Mapping[str, Any]) -> str:
         "instance ids": f"1..n are objects, the same in every frame of a video; 0 is {meaning}" if annotated else "",
     }
     lines = [f"- **{name}**: {text}" for name, text in rows.items() if text]
-    intro = "WebDataset shards of Slotstream: every sample is a video (or a picture) with patch features of a frozen extractor."
+    intro = "WebDataset shards of Slotstream: every sample is a video (or a picture)"
+    intro += " with patch features of a frozen extractor." if index.has_features else "; features are taken in training."
     return f"{intro}\n\n" + "\n".join(lines) + "\n"
 
 
@@ -167,8 +189,10 @@ def _span(values: list[int]) -> str:
 
 
 def _features(splits: Mapping[str, DatasetIndex]) -> str:
-    made = next(iter(splits.values())).features
-    grid = made["grid"]
+    first = next(iter(splits.values()))
+    made, grid = first.features, first.grid
+    if not first.has_features:
+        return ""
     rows = {
         "extractor": f"`{made['extractor']}`, layer `{made['layer']}`, fingerprint `{str(made['fingerprint'])[:16]}`",
         "shape": f"{grid[0]} x {grid[1]} patches x {made['width']} channels a frame, row by row",
@@ -182,6 +206,8 @@ def _features(splits: Mapping[str, DatasetIndex]) -> str:
 def _loading(splits: Mapping[str, DatasetIndex]) -> str:
     """Every line of code here is run by the tests."""
     name, index = next(iter(splits.items()))
+    if not index.has_features:
+        return _loading_frames(name, index)
     made, view = index.features, str(index.features["views"][0])
     settings = {
         "root": "FOLDER",
@@ -236,9 +262,29 @@ for sample in webdataset.WebDataset("FOLDER/{name}/{name}-{last}.tar", shardshuf
     break
 ```
 
-Check every byte: `python -m data_pipeline.verify FOLDER`. Look at them: `python -m data_pipeline.inspect FOLDER`. The version of
-a split is a hash of its whole index, which holds the sha256 of every shard: equal versions are equal data.
-"""
+{CHECKING}"""
+
+
+def _loading_frames(name: str, index: DatasetIndex) -> str:
+    settings = f"data.root=FOLDER data.train_split={name} data.image_size={index.features['image_size']} data.input=frames"
+    return f"""## Loading
+
+Train on them, with features of an extractor of your choice (the model's grid and feature_dim must be its):
+
+```bash
+python -m trainer.main {settings} data.features=dinov2_vits14
+```
+
+Read a window of frames, checked against its checksums:
+
+```python
+from data_pipeline.store import ShardDataset
+
+split = ShardDataset.open("FOLDER/{name}")
+frames, ids = split.frames(0, 0, 1), split.instance_ids(0, 0, 1)  # of the centre, native size; ids are None where there are none
+```
+
+{CHECKING}"""
 
 
 def stored_in_codes(index: DatasetIndex) -> bool:
@@ -254,3 +300,7 @@ def _skipped(splits: Mapping[str, DatasetIndex]) -> str:
     rest = len(skipped) - SHOWN_SKIPS
     lines += [f"- and {rest:,} more: `skipped` in the splits' {INDEX_NAME}"] if rest > 0 else []
     return "## Left out\n\nThese could not be read when the shards were built.\n\n" + "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

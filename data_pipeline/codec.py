@@ -35,6 +35,7 @@ class Codec(NamedTuple):
     `frame_dtype(num_patches, width)` is the dtype of one frame in the batch: a scalar with a shape, or a record of fields.
     `restore(stored, num_patches, statistics)` is `decode` on tensors: stored (B, T, ...) as `batch_layout` says, statistics
     float32 (B, 2, E), mean and scale of each clip's dataset, or None; gives float32 (B, T, P, E), equal to `decode` bit for bit.
+    `cut(stored, num_patches, patches, statistics)` is, of the same, what would be stored if frames had these patches alone.
     """
 
     encode: Callable[..., np.ndarray]
@@ -42,6 +43,7 @@ class Codec(NamedTuple):
     frame_dtype: Callable[[int, int], np.dtype[Any]]
     restore: Callable[..., Tensor]
     needs_statistics: bool
+    cut: Callable[..., Tensor]
 
     def batch_layout(self, num_patches: int, width: int) -> tuple[np.dtype[Any], tuple[int, ...]]:
         """(plain dtype, shape) of a frame in a batch: a record becomes its bytes, since tensors know no records."""
@@ -78,6 +80,10 @@ def _decode_float(stored: np.ndarray, statistics: ChannelStatistics | None = Non
 
 def _restore_float(stored: Tensor, num_patches: int, statistics: Tensor | None = None) -> Tensor:
     return stored.float()
+
+
+def _cut_float(stored: Tensor, num_patches: int, patches: slice, statistics: Tensor | None = None) -> Tensor:
+    return stored[:, :, patches]
 
 
 def _int8_frame(num_patches: int, width: int) -> np.dtype[Any]:
@@ -138,10 +144,21 @@ def _restore_int8(stored: Tensor, num_patches: int, statistics: Tensor) -> Tenso
     return (codes * tokens.float()[..., None]).mul_(scale).add_(mean)
 
 
+def _cut_int8(stored: Tensor, num_patches: int, patches: slice, statistics: Tensor) -> Tensor:
+    import torch
+
+    first, last, width = patches.start, patches.stop, statistics.shape[-1]
+    codes = 2 * num_patches
+    scales = stored[..., 2 * first : 2 * last]
+    codes_of_patches = stored[..., codes + first * width : codes + last * width]
+    odd = stored[..., : (last - first) * width % 2]  # any byte: nobody reads it
+    return torch.cat([scales, codes_of_patches, odd], dim=-1)
+
+
 CODECS: dict[str, Codec] = {
-    "int8": Codec(_encode_int8, _decode_int8, _int8_frame, _restore_int8, True),
-    "float16": Codec(_encode_float16, _decode_float, lambda p, e: np.dtype(("<f2", (p, e))), _restore_float, False),
-    "float32": Codec(_encode_float32, _decode_float, lambda p, e: np.dtype(("<f4", (p, e))), _restore_float, False),
+    "int8": Codec(_encode_int8, _decode_int8, _int8_frame, _restore_int8, True, _cut_int8),
+    "float16": Codec(_encode_float16, _decode_float, lambda p, e: np.dtype(("<f2", (p, e))), _restore_float, False, _cut_float),
+    "float32": Codec(_encode_float32, _decode_float, lambda p, e: np.dtype(("<f4", (p, e))), _restore_float, False, _cut_float),
 }
 
 

@@ -38,6 +38,7 @@ def compose(
     Raises ConfigError: one line that names the key, the rule and the nearest valid name.
     """
     _refuse_additions(overrides)
+    overrides = [_readable(override) for override in overrides]
     store = ConfigStore.instance()
     store.store(name=f"{config_name}_schema", node=schema)
     for path, node in (group_schemas or {}).items():
@@ -111,22 +112,34 @@ def _explain(error: Exception, schema: type, overrides: Sequence[str]) -> str:
         near = difflib.get_close_matches(Path(wanted).name, names, n=1, cutoff=0.3)
         hint = f"; did you mean {near[0]}?" if near else ""
         return f"{Path(wanted).parent}={Path(wanted).name} does not exist; choose one of {', '.join(names)}{hint}"
-    value = next((over.split("=", 1)[1] for over in overrides if over.lstrip("+~").split("=", 1)[0] == key and "=" in over), None)
+    value = next((over.partition("=")[2] for over in reversed(overrides) if over.startswith(f"{key}=")), None)
     if any(isinstance(item, OverrideParseException) for item in chain):
         bad = next((over for over in overrides if not _can_be_read(over)), " ".join(overrides))
-        return f"{bad!r} cannot be read as a setting; settings are key=value; quote values with special characters"
+        return f"{bad!r} cannot be read as a setting; settings are key=value; look at --help"
     reason = next((text.splitlines()[0] for text in reversed(texts) if text.strip()), "refused")
+    if "is not a ListConfig" in reason:
+        items = str(value).strip("'[]")
+        return f"{key}={items}; a list is needed; write {key}=[{items}]"
     reason = reason.replace("Value '$VALUE' of type '$VALUE_TYPE'", "the value").replace("$FULL_KEY", key)
     shown = f"{key}={value}" if key and value is not None else key or "the configuration"
     return f"{shown}: {reason}; change the value"
 
 
+def _readable(override: str) -> str:
+    """key=value with the value in quotes where the grammar needs them: a path may hold blanks and letters of any script."""
+    key, equals, value = override.partition("=")
+    if not equals or _can_be_read(override):
+        return override
+    escaped = re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + (found[2] and "\\'"), value)
+    quoted = f"{key}='{escaped}'"
+    return quoted if _can_be_read(quoted) else override
+
+
 def _can_be_read(override: str) -> bool:
     try:
-        OverridesParser.create().parse_override(override)
+        return not OverridesParser.create().parse_override(override).is_sweep_override()  # a,b means two runs to Hydra
     except HydraException:
         return False
-    return True
 
 
 def run_command(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> int:

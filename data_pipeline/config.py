@@ -232,7 +232,7 @@ class FeaturesConfig:
     """Which frozen extractor turns frames into patch features."""
 
     name: str = MISSING  # a key of data_pipeline.features.EXTRACTORS
-    weights: str | None = None  # file or folder with the weights; None: the user's hub caches
+    weights: str | None = None  # file or folder with the weights; None: the user's hub caches; of patch: see there
     layer: str = "last_block"  # last_block: before the final norm | last_block_keys: of its attention (VideoSAUR); CLS dropped
     batch_frames: int = 32  # frames per forward
     precision: str = "float32"  # float32 | bfloat16
@@ -244,7 +244,10 @@ class FeaturesConfig:
 
 @dataclass(kw_only=True)
 class PatchFeatures(FeaturesConfig):
-    """The weight-free descriptor: hand-made statistics of a patch, then a slow linear projection fitted on the dataset."""
+    """The weight-free descriptor: hand-made statistics of a patch, then a slow linear projection fitted on the dataset.
+
+    `weights`: projection.safetensors of another build, whose features these are to be like (for data.mixture); None: fit.
+    """
 
     name: str = "patch"
     layer: str = "slow"
@@ -254,6 +257,11 @@ class PatchFeatures(FeaturesConfig):
     num_fit_clips: int = 200
     position_scale: float = 2.0  # size of the six position channels beside the slow ones; 1 learns slower, 0.5 hardly at all
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        FeaturesConfig.__post_init__(self)
+        check_at_least("features.position_scale", self.position_scale, 0)
+        check_at_least("features.seed", self.seed, 0)
 
 
 @dataclass(kw_only=True)
@@ -288,6 +296,8 @@ class BuildConfig:
         if not 1 <= self.jpeg_quality <= 100:
             raise ConfigError(f"jpeg_quality={self.jpeg_quality}; a number from 1 to 100 is needed; 95 is the default")
         check_choice("frames", self.frames, ("jpeg", "png", "none"))
+        if self.frames == "none" and getattr(self.features, "name", "") == "none":
+            raise ConfigError("features=none, frames=none; shards would hold nothing to train on; set frames=jpeg")
         check_share("max_skip_fraction", self.max_skip_fraction)
 
 

@@ -63,7 +63,7 @@ def draw_sheet(dataset: ShardDataset, num_videos: int, num_frames: int, tile: in
     faults: list[str] = []
     samples = dataset.index.samples
     chosen = evenly(len(samples), num_videos)
-    colours = fit_colours(dataset, faults) if with_features else None
+    colours = fit_colours(dataset, faults) if with_features and dataset.index.has_features else None
     drawn = any(samples[number].members["frames"] or samples[number].members["ids"] for number in chosen)
     lines = int(drawn) + int(colours is not None)
     columns = max(len(evenly(samples[number].frames, num_frames)) for number in chosen)
@@ -155,7 +155,7 @@ def evenly(total: int, wanted: int) -> list[int]:
 def _view(dataset: ShardDataset) -> str:
     """The view to show: the whole square in the middle, unless other views alone are stored."""
     views = [str(view) for view in dataset.index.features["views"]]
-    return "center" if "center" in views else views[0]
+    return "center" if "center" in views or not views else views[0]
 
 
 def _read_features(dataset: ShardDataset, number: int, frame: int, faults: list[str]) -> np.ndarray | None:

@@ -67,18 +67,36 @@ def inspect_split(folder: Path | str, options: argparse.Namespace) -> list[str]:
         sheet = _draw(dataset, options)
         split = str(index.dataset["split"])
         path = Path(options.out or ".") / f"{split}.png" if options.out or isinstance(folder, str) else folder / SHEET_NAME
-        write_atomically(path, encode_image(sheet.pixels, "png"))
-        print(f"  contact sheet   {path}")
+        _write(path, encode_image(sheet.pixels, "png"))
         faults += [fault for fault in sheet.faults if not any(fault.startswith(line.split(":")[0]) for line in faults)]
     dataset.close()
     return faults
 
 
+def _write(path: Path, picture: bytes) -> None:
+    try:
+        write_atomically(path, picture)
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}; the sheet needs a place; give --out=FOLDER, or --videos=0 for none") from None
+    print(f"  contact sheet   {path}")
+
+
 def _open(folder: Path | str) -> ShardDataset:
     """A damaged shard is no reason not to show the others. Behind a URL the frames that are shown are all that is fetched."""
-    if isinstance(folder, str):
-        return ShardDataset.open(folder, remote=RemoteConfig(mode="ranges"))
-    return ShardDataset(folder, DatasetIndex.load(folder))
+    if isinstance(folder, Path):
+        return ShardDataset(folder, DatasetIndex.load(folder))
+    from data_pipeline.remote.fetch import NoRanges
+
+    dataset = ShardDataset.open(folder, remote=RemoteConfig(mode="ranges"))
+    try:
+        if dataset.index.shards:
+            dataset.files.read_into(0, 1, memoryview(bytearray(1)))  # not byte 0: with it every answer begins
+    except NoRanges:
+        dataset.close()
+        return ShardDataset.open(folder)
+    except DataError:
+        pass  # the sheet will name this shard
+    return dataset
 
 
 def _draw(dataset: ShardDataset, options: argparse.Namespace) -> Sheet:
@@ -106,17 +124,20 @@ def describe(folder: Path | str, index: DatasetIndex) -> list[str]:
     objects = [sample.num_instances for sample in samples if sample.num_instances is not None]
     stored = sum(place["length"] for sample in samples for place in sample.members["features"].values())
     total = sum(shard["bytes"] for shard in index.shards)
+    features = f"{made['extractor']}, layer {made['layer']}, {made['grid'][0]}x{made['grid'][1]} patches x {made['width']}"
     lines = {
         "dataset": f"{index.dataset['source']}, split {index.dataset['split']}, version {index.version[:12]}",
         "videos": f"{len(frames)}, {len(index.skipped)} skipped, frames {_range(frames)}, {sum(frames)} in all",
         "objects": f"{_range(objects)} a video, {len(objects)} of {len(samples)} annotated" if objects else "not annotated",
-        "features": f"{made['extractor']}, layer {made['layer']}, {made['grid'][0]}x{made['grid'][1]} patches x {made['width']}",
+        "features": features if index.has_features else "none: frames alone, for data.input=frames",
         "made from": f"{made['image_size']} pixels, resize {made['resize']}, views {', '.join(made['views'])}",
         "fingerprint": str(made["fingerprint"])[:12],
         "codec": f"{made['codec']}, {codec_error(index)}",
         "size": f"{format_bytes(total)} in {len(index.shards)} shards, features {format_bytes(stored)}, "
         f"{format_bytes(total / max(sum(frames), 1))} a frame",
     }
+    if not index.has_features:
+        lines = {name: text for name, text in lines.items() if name not in ("made from", "fingerprint", "codec")}
     described = [shown(folder)] + [f"  {name:<15} {text}" for name, text in lines.items()]
     resolutions = Counter(f"{sample.size[1]}x{sample.size[0]}" for sample in samples)
     for name, rows in (

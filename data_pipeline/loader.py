@@ -42,8 +42,7 @@ class _Clip(NamedTuple):
 
 
 class _Pending(NamedTuple):
-    step: int
-    epoch: int
+    position: int
     features: Tensor
     reads: list[Future[list[_Clip]]]
     num_real: int
@@ -183,7 +182,7 @@ class ClipLoader:
             for cut in cuts
             if cut.stop > cut.start
         ]
-        return _Pending(position // self.global_batch, position // self.num_samples, features, reads, self._num_real)
+        return _Pending(position, features, reads, self._num_real)
 
     def _read_clips(self, places: Places, rows: np.ndarray) -> list[_Clip]:
         draws = Draws()
@@ -211,10 +210,12 @@ class ClipLoader:
 
     def _finish(self, pending: _Pending) -> ClipBatch:
         clips = [clip for read in pending.reads for clip in read.result()]
+        positions = (pending.position + self._mine).tolist()
         missing = self.batch_size - len(clips)
         if missing:
             pending.features[len(clips) :] = pending.features[0]
             clips += [clips[0]] * missing
+            positions += [positions[0]] * missing
         return ClipBatch(
             features=pending.features,
             grid=self.dataset.index.grid,
@@ -222,8 +223,9 @@ class ClipLoader:
             sample_ids=tuple(clip.sample_id for clip in clips),
             keys=tuple(clip.key for clip in clips),
             starts=tuple(clip.start for clip in clips),
-            step=pending.step,
-            epoch=pending.epoch,
+            positions=tuple(positions),
+            step=pending.position // self.global_batch,
+            epoch=pending.position // self.num_samples,
             codec=self._input.codec,
             statistics=self._statistics_of(clips),
             cuts=tuple(clip.cut for clip in clips if clip.cut is not None),

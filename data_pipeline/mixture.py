@@ -86,7 +86,7 @@ class Mixture:
     @property
     def frame_sizes(self) -> set[tuple[int, int]]:
         """Native height and width of the videos that have a place in the stream."""
-        return {tuple(part.dataset.index.samples[number].size) for part in self.parts for number in part.eligible}
+        return {part.dataset.index.samples[number].size for part in self.parts for number in part.eligible}
 
     @property
     def version(self) -> str:

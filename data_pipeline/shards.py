@@ -17,6 +17,7 @@ import contextlib
 import hashlib
 import io
 import json
+import re
 import tarfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -68,6 +69,14 @@ def read_json(path: Path, what: str, remedy: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise DataError(f"{path}: holds a JSON {type(values).__name__}; {what} must be one whole JSON object; {remedy}")
     return values
+
+
+def _check_shards(shards: Any, path: str) -> None:
+    """A shard's name becomes part of a path or a URL, its hash a file's name: neither may lead anywhere else."""
+    for shard in shards:
+        name, sha256 = str(shard["name"]), str(shard["sha256"])
+        if not re.fullmatch(r"[^\W_][^/\\?#%\x00-\x1f]*\.tar", name) or not re.fullmatch("[0-9a-f]{64}", sha256):
+            raise DataError(f"{path}: shard {name!r}; a shard has a plain name and a sha256; build the shards again")
 
 
 class _HashedFile:
@@ -287,6 +296,11 @@ class DatasetIndex:
         return int(self.features["grid"][0]), int(self.features["grid"][1])
 
     @property
+    def has_features(self) -> bool:
+        """False where shards hold frames alone."""
+        return bool(self.features["views"])
+
+    @property
     def num_patches(self) -> int:
         return self.grid[0] * self.grid[1]
 
@@ -330,6 +344,7 @@ class DatasetIndex:
                 samples=[Sample(**{**sample, "size": tuple(sample["size"])}) for sample in values["samples"]],
                 **{name: values[name] for name in ("dataset", "features", "shards", "skipped", "codec_error")},
             )
+            _check_shards(index.shards, path)
         except (KeyError, TypeError) as error:
             raise DataError(f"{path}: {error!r}; an index must hold every field; build the shards again") from None
         if index.version != values.get("version"):

@@ -82,7 +82,7 @@ class ShardDataset:
             ("data.codec", expected.codec or stored["codec"], stored["codec"], f"{rebuild} with codec={expected.codec}"),
         )
         for key, wanted, found, remedy in rules:
-            if wanted != found and not stored["views"]:
+            if wanted != found and not self.index.has_features:
                 raise DataError(
                     f"{self.folder}: the shards hold no features; data.input=features reads them; "
                     f"set data.input=frames or {rebuild} with features={expected.features}"
@@ -182,8 +182,8 @@ class ShardDataset:
         without = [sample.key for sample in self.index.samples if sample.members["frames"] is None]
         if without:
             raise DataError(
-                f"{self.folder}: {len(without)} of {len(self)} videos have no frames, for example {without[0]}; data.input=frames "
-                f"needs them; build the shards again with frames=jpeg or png"
+                f"{self.folder}: {len(without)} of {len(self)} videos have no frames, for example {without[0]}; "
+                f"data.input=frames needs them; build the shards again with frames=jpeg or png"
             )
 
     def _load_statistics(self) -> ChannelStatistics | None:
@@ -216,6 +216,8 @@ class ShardDataset:
             ) from None
 
     def _read_checked(self, sample: Sample, part: str, offset: int, length: int, crc: int) -> bytes:
+        if not 0 <= length <= int(self.index.shards[sample.shard]["bytes"]):
+            raise DataError(f"{self._where(sample)}, {part}: {length} bytes; it must fit into its shard; build the shards again")
         buffer = np.empty(length, np.uint8)
         self._read_into(sample, offset, buffer)
         self._check_crc(sample, part, offset, buffer, crc)

@@ -33,11 +33,20 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m data_pipeline.verify", description="Check every checksum of built shards.")
     parser.add_argument("shards", help="folder or URL of a build, or of one of its splits")
     parser.add_argument("--quick", action="store_true", help="sizes and names only: reads no shard")
-    parser.add_argument("--threads", type=int, default=min(8, usable_cores()), help="shards read at a time")
+    parser.add_argument(
+        "--threads", type=int, default=min(8, usable_cores()), help="shards read at a time (default: %(default)s)"
+    )
     words = parser.parse_args(argv)
+    if words.threads < 1:
+        parser.error(f"--threads={words.threads}; at least 1 is needed")
     damaged = 0
     for folder in find_splits(words.shards):
-        index, lines = _lines_of(folder, quick=words.quick, threads=max(1, words.threads))
+        try:
+            index, lines = _lines_of(folder, quick=words.quick, threads=words.threads)
+        except DataError as error:
+            print(error, flush=True)
+            damaged += 1
+            continue
         found = 0
         for line in lines:
             print(line, flush=True)

@@ -6,7 +6,7 @@ Comes in: DataConfig, this rank's World. Goes out: one video a batch, as ClipBat
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -29,11 +29,18 @@ class VideoLoader:
     """Whole videos for evaluation, one a batch: each exactly once over all ranks, the same number of batches on every rank.
 
     A rank that runs out gets a batch with num_real=0. Damage is an error here: a score on other videos is another score.
-    Iterating again starts over.
+    Iterating again starts over. `finish` is called with each batch, in the caller's thread: it may take features on a device.
     """
 
-    def __init__(self, config: DataConfig, world: World, *, with_frames: bool = True) -> None:
-        self.config, self.world, self.with_frames = config, world, with_frames
+    def __init__(
+        self,
+        config: DataConfig,
+        world: World,
+        *,
+        with_frames: bool = True,
+        finish: Callable[[ClipBatch], ClipBatch] = lambda batch: batch,
+    ) -> None:
+        self.config, self.world, self.with_frames, self.finish = config, world, with_frames, finish
         self.dataset = ShardDataset.open(split_root(config.root, config.val_split), config.read, config.remote)
         self.dataset.check(config, views=[EVAL_VIEW])
         self.num_videos = min(len(self.dataset), len(self.dataset) if config.val_limit is None else config.val_limit)
@@ -57,7 +64,7 @@ class VideoLoader:
                 while submitted < len(self) and len(pending) <= self.config.prefetch_steps:
                     pending.append(self._pool.submit(self._read_video, submitted))
                     submitted += 1
-                yield pending.popleft().result()
+                yield self.finish(pending.popleft().result())
         finally:
             for read in pending:
                 read.cancel()

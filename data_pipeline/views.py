@@ -1,15 +1,18 @@
 """Views: the squares cut from a video's frames before features are taken.
 
 Comes in: uint8 frames or instance ids at native size, a view name. Goes out: float32 squares for the extractor, or ids cut alike.
+Frames may lie on any device; a Cut says all that is needed to cut them there.
 
 A view is `center` or `crop<k>` (the k-th random square, fixed by the video's key and k), optionally followed by `+hflip`.
-With resize=stretch every view shows the whole frame, squashed to a square.
+With resize=stretch every view shows the whole frame, squashed to a square. Where frames are cut in training, `crop*` is a new
+crop each time.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 VIEW_PATTERN = re.compile(r"(?:center|crop(?P<crop>\d+))(?P<hflip>\+hflip)?")
+NUM_CROPS = 1 << 32  # that crop* draws from
 FRAMES_AT_ONCE = 8  # bounds the float32 copies of frames at native size
 
 
@@ -39,6 +43,15 @@ class Window(NamedTuple):
     width: int
 
 
+class Cut(NamedTuple):
+    """A view of frames of one size: `part` of the frame is scaled to height and width `scaled`, `kept` of that stays."""
+
+    part: Window
+    scaled: tuple[int, int]
+    kept: Window
+    hflip: bool
+
+
 def parse_view(view: str) -> View:
     """Raises ConfigError when the name is outside the grammar."""
     match = VIEW_PATTERN.fullmatch(view)
@@ -46,6 +59,12 @@ def parse_view(view: str) -> View:
         raise ConfigError(f"view={view!r}; a view is center or crop<number>, optionally with +hflip; for example crop0+hflip")
     crop = match["crop"]
     return View(None if crop is None else int(crop), match["hflip"] is not None)
+
+
+def draw_view(views: Sequence[str], below: Callable[[int], int]) -> str:
+    """One of `views`; `below(n)` draws a whole number in [0, n). A `crop*` becomes one of many crops."""
+    view = views[below(len(views))]
+    return view.replace("*", str(below(NUM_CROPS))) if "*" in view else view
 
 
 def prepare(frames: np.ndarray, view: str, image_size: int, resize: str, key: str) -> Tensor:
@@ -56,12 +75,30 @@ def prepare(frames: np.ndarray, view: str, image_size: int, resize: str, key: st
     """
     import torch
 
-    parsed = parse_view(view)
+    cut = cut_of(frames.shape[1:3], view, image_size, resize, key)
     parts = [
-        _square(torch.from_numpy(np.ascontiguousarray(frames[first : first + FRAMES_AT_ONCE])), parsed, image_size, resize, key)
+        cut_squares(torch.from_numpy(np.ascontiguousarray(frames[first : first + FRAMES_AT_ONCE])), cut)
         for first in range(0, len(frames), FRAMES_AT_ONCE)
     ]
     return torch.cat(parts)
+
+
+def cut_of(size: tuple[int, ...], view: str, image_size: int, resize: str, key: str) -> Cut:
+    """What `view` does to frames of height and width `size` of the video `key`."""
+    parsed, whole = parse_view(view), (int(size[0]), int(size[1]))
+    if resize == "crop" and parsed.crop is not None:
+        scaled, kept = _scaled_window(whole, parsed.crop, image_size, key)
+        return Cut(Window(0, 0, *whole), scaled, kept, parsed.hflip)
+    square = (image_size, image_size)
+    return Cut(_native_window(whole, parsed, image_size, resize, key), square, Window(0, 0, *square), parsed.hflip)
+
+
+def cut_squares(frames: Tensor, cut: Cut) -> Tensor:
+    """Shapes: uint8 (T, H, W, 3) -> float32 (T, 3, image_size, image_size) in [0, 1], on the frames' device."""
+    part, kept = cut.part, cut.kept
+    image = _resize(frames[:, part.top : part.top + part.height, part.left : part.left + part.width], cut.scaled)
+    image = image[:, :, kept.top : kept.top + kept.height, kept.left : kept.left + kept.width]
+    return (image.flip(-1) if cut.hflip else image).contiguous()
 
 
 def crop_instance_ids(ids: np.ndarray, view: str, image_size: int, resize: str, key: str) -> np.ndarray:
@@ -74,20 +111,6 @@ def crop_instance_ids(ids: np.ndarray, view: str, image_size: int, resize: str, 
     top, left, height, width = _native_window(ids.shape[1:3], parsed, image_size, resize, key)
     cut = ids[:, top : top + height, left : left + width]
     return np.ascontiguousarray(cut[:, :, ::-1] if parsed.hflip else cut)
-
-
-def _square(frames: Tensor, view: View, image_size: int, resize: str, key: str) -> Tensor:
-    """Shapes: uint8 (T, H, W, 3) -> float32 (T, 3, image_size, image_size)."""
-    size = (int(frames.shape[1]), int(frames.shape[2]))
-    if resize == "crop" and view.crop is not None:
-        scaled, window = _scaled_window(size, view.crop, image_size, key)
-        image = _resize(frames, scaled)
-    else:
-        top, left, height, width = _native_window(size, view, image_size, resize, key)
-        image = _resize(frames[:, top : top + height, left : left + width], (image_size, image_size))
-        window = Window(0, 0, image_size, image_size)
-    image = image[:, :, window.top : window.top + window.height, window.left : window.left + window.width]
-    return (image.flip(-1) if view.hflip else image).contiguous()
 
 
 def _resize(frames: Tensor, size: tuple[int, int]) -> Tensor:

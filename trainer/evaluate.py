@@ -32,6 +32,8 @@ Scores a finished (or running) run's checkpoint on whole videos and prints the t
   root=SHARDS     other shards than the run was trained on
   split=NAME      split of the shards (default: the run's data.val_split)
   limit=N         first so many videos
+  input=features  features as the shards hold them, or frames: taken from the shards' frames (default: as in training)
+  weights=FILE    input=frames: the extractor's weights, where they lie elsewhere than in training
   maps=[object,attn]   which maps are scored
   merge=false     score with SSync's redundant slots merged
   baselines=true  print the baselines beside the model
@@ -234,7 +236,7 @@ def evaluate_run(settings: EvaluationConfig) -> int:
     from data_pipeline.files import write_atomically
     from data_pipeline.remote.address import shown
     from trainer import checkpoint, distributed
-    from trainer.build import build_model, build_video_loader, check_extractor
+    from trainer.build import Made, build_model, build_online, build_video_loader, check_extractor
     from trainer.engine import choose_device
     from trainer.observe.console import Console
     from trainer.run_folder import read_config
@@ -243,7 +245,9 @@ def evaluate_run(settings: EvaluationConfig) -> int:
     out = Path(settings.out) if settings.out else run / "evaluation.json"
     if out.is_dir():
         raise ConfigError(f"out={out} is a folder; the scores are one file; give out={out / 'scores.json'}")
-    config = read_config(run)
+    config = _choose_input(read_config(run), settings)
+    device, world = choose_device(settings.device), distributed.world_from_environment()
+    online = build_online(config, device)  # before other shards are named: the run's own know its extractor
     data = replace(
         config.data,
         root=settings.root or config.data.root,
@@ -251,14 +255,13 @@ def evaluate_run(settings: EvaluationConfig) -> int:
         val_limit=settings.limit if settings.limit is not None else config.data.val_limit,
     )
     config = replace(config, data=data, evaluate=replace(config.evaluate, maps=settings.maps, merge=settings.merge))
-    device, world = choose_device(settings.device), distributed.world_from_environment()
     distributed.start(device, config.parallel.timeout_s)
     found = _choose_checkpoint(run, settings.step)
     model = build_model(config.model, config.seed).to(device)
     untrained = build_model(config.model, config.seed).to(device)
     checkpoint.load_weights(model, found)
-    with build_video_loader(config, world) as loader:
-        check_extractor(loader.dataset, found.state.features)
+    with build_video_loader(config, world, online) as loader:
+        check_extractor(Made.of(loader.dataset, online), found.state.features)
         result = evaluate_model(model, loader, config)
         baselines = evaluate_baselines(loader, config, untrained) if settings.baselines else {}
     if world.rank == 0:
@@ -277,6 +280,16 @@ def evaluate_run(settings: EvaluationConfig) -> int:
         print(f"written: {out}")
     distributed.stop()
     return 0
+
+
+def _choose_input(config: RunConfig, settings: EvaluationConfig) -> RunConfig:
+    """What the run was trained on, stored features or frames, or the other."""
+    from dataclasses import replace
+
+    chosen = settings.input or config.data.input
+    online = replace(config.data.online, weights=settings.weights or config.data.online.weights)
+    codec = config.data.codec if chosen == config.data.input else None
+    return replace(config, data=replace(config.data, input=chosen, online=online, codec=codec))
 
 
 def _choose_checkpoint(run: Path, step: int | None) -> Checkpoint:

@@ -20,6 +20,7 @@ Trains one model on shards, as one rank; `python cluster/launch.py --nodes N` st
   experiment=ssync_movi_c     a published experiment: see configs/experiment/
   name=my_run                 run folder runs/my_run; the same name goes on where the last attempt stopped
   data.root=FOLDER            shards, made by python -m data_pipeline.build
+  data.input=frames           take features in every step, of the frames in the shards; features: read them from the shards
   objective=ssync             group members: see configs/{data,model,objective,optim,parallel,observe}/
   optim.max_steps=1000        any setting by its full key
 

@@ -25,6 +25,8 @@ from trainer.config import RunConfig
 FIXED = ("seed", "data", "model", "objective", "optim")  # what a run may not change under way
 # The index's hash guards the stream, whichever way its shards come.
 FREE = {"data.root", "data.remote", "data.read_threads", "data.prefetch_steps", "data.max_skip_fraction"}
+# The checkpoint's fingerprint guards the extractor, wherever its weights lie.
+FREE |= {"data.online.weights", "data.online.batch_frames"}
 PACKAGES = ("torch", "deepspeed", "webdataset", "ray", "submitit", "hydra-core", "xformers", "prometheus-client", "numpy")
 
 

@@ -26,6 +26,14 @@ class NotFound(FetchError):
     """There is no such object."""
 
 
+class Refused(FetchError):
+    """Reading the object is not allowed."""
+
+
+class NoRanges(FetchError):
+    """The server sends whole objects only."""
+
+
 class NotModified(Exception):
     """The object is still the one whose tag was given."""
 

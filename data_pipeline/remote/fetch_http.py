@@ -19,7 +19,7 @@ import urllib3.exceptions
 from data_pipeline.config import RemoteConfig
 from data_pipeline.errors import FetchError
 from data_pipeline.remote.address import join, shown
-from data_pipeline.remote.fetch import Broken, NotFound, NotModified
+from data_pipeline.remote.fetch import Broken, NotFound, NotModified, Refused
 
 CHUNK = 1 << 18
 STALL_BYTES = 1 << 16  # less than this in `stall_s` is no connection any more
@@ -98,7 +98,7 @@ class HttpFetcher:
         if region and status in (301, 307, 400):
             raise FetchError(f"{where}: {said}; the bucket lies in region {region}; set AWS_REGION={region}")
         if status in (401, 403, 407):
-            raise FetchError(f"{where}: {said}; reading it must be allowed; {_permission_hint(code, self._sign is not None)}")
+            raise Refused(f"{where}: {said}; reading it must be allowed; {_permission_hint(code, self._sign is not None)}")
         raise FetchError(f"{where}: {said}; the object itself is needed; check data.root")
 
     def _changed(self, name: str) -> FetchError:

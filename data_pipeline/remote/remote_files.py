@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import re
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -36,7 +35,6 @@ def open_remote(root: str, config: RemoteConfig) -> tuple[DatasetIndex, ShardFil
     fetcher = open_fetcher(root, config)
     try:
         index = load_index(fetcher, config, None if cache is None else cache.folder.parent / "indexes")
-        _check_names(fetcher, index)
         if cache is None:
             return index, RangedFiles(fetcher, index, config)
         return index, CachedFiles(fetcher, index, config, cache)
@@ -286,13 +284,6 @@ def _sha256(descriptor: int) -> str:
         sha256.update(data)
         place += len(data)
     return sha256.hexdigest()
-
-
-def _check_names(fetcher: Fetcher, index: DatasetIndex) -> None:
-    """A shard's name becomes part of a URL, its hash a file name."""
-    for shard in index.shards:
-        if not re.fullmatch("[0-9a-f]{64}", str(shard["sha256"])) or "/" in str(shard["name"]):
-            raise DataError(f"{fetcher.where('index.json')}: shard {shard['name']!r} has no plain name and sha256; build again")
 
 
 __all__ = ["CachedFiles", "RangedFiles", "open_remote"]

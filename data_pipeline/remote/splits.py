@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from data_pipeline.config import RemoteConfig
 from data_pipeline.errors import DataError, FetchError
 from data_pipeline.remote.address import join, shown
-from data_pipeline.remote.fetch import NotFound, open_fetcher
+from data_pipeline.remote.fetch import NotFound, Refused, open_fetcher
 from data_pipeline.remote.patience import Patience
 from data_pipeline.remote.remote_index import load_index
 from data_pipeline.remote.transfer import Count, exists, piece, whole
@@ -33,7 +33,7 @@ def find_remote_splits(root: str) -> list[str]:
                 exists(fetcher, name, Patience(config, fetcher.where(name), threading.Event()))
             except NotFound:
                 continue
-            except FetchError as error:  # a bucket that may not be listed refuses what is not there
+            except Refused as error:  # a bucket that may not be listed refuses what is not there
                 refused = refused or error
                 continue
             if not split:

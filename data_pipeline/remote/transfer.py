@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from data_pipeline.errors import FetchError
-from data_pipeline.remote.fetch import Body, Broken, Fetcher
+from data_pipeline.remote.fetch import Body, Broken, Fetcher, NoRanges
 from data_pipeline.remote.patience import Patience
 
 PAGE_STARTS = (b"<!doctype", b"<html")
@@ -53,7 +53,7 @@ def piece(
             with fetcher.open(name, start + done, start + len(out), tag) as body:
                 _check_body(fetcher, name, body, size)
                 if body.start != start + done:
-                    raise FetchError(
+                    raise NoRanges(
                         f"{fetcher.where(name)}: the server sends the whole object where a part was asked for; "
                         f"ranges are needed; set data.remote.mode=whole"
                     )

@@ -88,7 +88,7 @@ def test_evaluations_leave_neither_open_files_nor_threads(begun):
     training.config, training.world, training.step, training.stop = config, World(), 1, StopRequest()
     training.engine = SimpleNamespace(plain_model=lambda build: model)
     training.observer = SimpleNamespace(evaluated=lambda *values: None)
-    training.device = torch.device("cpu")
+    training.device, training.online = torch.device("cpu"), None
 
     def held() -> tuple[int, int]:
         return len(os.listdir("/proc/self/fd")), threading.active_count()

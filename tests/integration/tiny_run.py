@@ -53,9 +53,9 @@ def losses(run: Path) -> dict[int, float]:
 
 
 def applied_ids(run: Path, world: int) -> dict[int, list[int]]:
-    """Sample ids of every applied update, in global order (rank 0's share first)."""
-    merged: dict[int, list[int]] = {}
+    """Sample ids of every applied update, in the order of the stream."""
+    merged: dict[int, list[tuple[int, int]]] = {}
     for rank in range(world):
         for line in lines(run / "order" / f"rank{rank}.jsonl"):
-            merged.setdefault(line["step"], []).extend(line["ids"])
-    return merged
+            merged.setdefault(line["step"], []).extend(zip(line["positions"], line["ids"], strict=True))
+    return {step: [sample for _, sample in sorted(pairs)] for step, pairs in merged.items()}

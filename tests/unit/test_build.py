@@ -154,6 +154,35 @@ def test_other_settings_are_refused_unless_told(
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
 
+def test_a_dry_run_refuses_what_the_build_refuses(tmp_path: Path, source: FakeSource, extractor: FakeExtractor) -> None:
+    build(config_for(tmp_path / "out"))
+    before = contents(tmp_path)
+    with pytest.raises(ConfigError, match="codec=float32, but .* was built with int8"):
+        build_module.dry_run(config_for(tmp_path / "out", codec="float32"))
+    with pytest.raises(DataError, match="settings.json: File exists; a folder that can be written is needed"):
+        build_module.dry_run(config_for(tmp_path / "out" / "settings.json"))
+    build_module.dry_run(config_for(tmp_path / "other"))
+    assert contents(tmp_path) == before
+
+
+def test_a_build_without_a_shard_binds_nobody_to_its_settings(
+    tmp_path: Path, source: FakeSource, extractor: FakeExtractor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Settings that fail in the fit can be mended without overwrite."""
+    extractor.needs_fit = True
+
+    def fail(clips: Any) -> None:
+        raise DataError("features.num_components=9; choose fewer")
+
+    with monkeypatch.context() as patched, pytest.raises(DataError, match="choose fewer"):
+        patched.setattr(extractor, "fit", fail)
+        build(config_for(tmp_path / "out", features=PatchFeatures(name="mean", num_components=9)))
+    for name in ("out", "fresh"):
+        extractor.gain = 1.0
+        build(config_for(tmp_path / name, features=PatchFeatures(name="mean", num_components=2)))
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
+
 def test_other_weights_are_refused(tmp_path: Path, source: FakeSource, extractor: FakeExtractor) -> None:
     build(config_for(tmp_path))
     extractor.gain = 2.0
@@ -173,6 +202,25 @@ def test_an_extractor_is_fitted_once(tmp_path: Path, source: FakeSource, extract
     assert extractor.fits == 1 and extractor.gain == fitted
     indices = [DatasetIndex.load(tmp_path / split) for split in ("train", "validation")]
     assert {index.features["fingerprint"] for index in indices} == {f"{fitted:.6f}"}
+
+
+def test_a_fit_can_be_taken_from_another_build(tmp_path: Path, source: FakeSource, extractor: FakeExtractor) -> None:
+    """So that two datasets have features of one kind, as data.mixture needs them."""
+    extractor.needs_fit = True
+    build(config_for(tmp_path / "first", features=PatchFeatures(name="mean")))
+    other = PatchFeatures(name="mean", weights=str(tmp_path / "other.json"))
+    (tmp_path / "other.json").write_text("0.5")
+    build(config_for(tmp_path / "second", features=other))
+    assert extractor.fits == 1 and (tmp_path / "second" / "projection.safetensors").read_text() == "0.5"
+    assert DatasetIndex.load(tmp_path / "second" / "train").features["fingerprint"] == "0.500000"
+    before = contents(tmp_path)
+    with pytest.raises(ConfigError, match="fingerprint=0.500000, but .*first was built with"):
+        build(config_for(tmp_path / "first", features=other))
+    assert contents(tmp_path) == before
+    for path in (tmp_path / "first").glob("*/*"):
+        path.unlink()  # as if it had been stopped before the first shard
+    build(config_for(tmp_path / "first", features=other))
+    assert contents(tmp_path / "first") == contents(tmp_path / "second")
 
 
 def test_unreadable_videos_are_counted_and_left_out(

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from data_pipeline.build import build, compose_build
-from data_pipeline.card import CARD_NAME, MARK, OTHER_NAME, card, write_card
+from data_pipeline.card import CARD_NAME, MARK, OTHER_NAME, card, main, write_card
 from data_pipeline.errors import DataError
 from data_pipeline.shards import INDEX_NAME, DatasetIndex
 from data_pipeline.sources import SOURCES
@@ -124,6 +124,12 @@ def test_a_file_that_someone_else_wrote_is_left_alone(tmp_path):
     (tmp_path / CARD_NAME).write_text("my own notes")
     assert write_card(tmp_path) == tmp_path / OTHER_NAME
     assert (tmp_path / CARD_NAME).read_text() == "my own notes" and (tmp_path / OTHER_NAME).read_text().startswith(MARK)
+
+
+def test_the_command_writes_the_card_anew(built, capsys):
+    (built / CARD_NAME).unlink()
+    assert main([str(built)]) == 0
+    assert capsys.readouterr().out.strip() == str(built / CARD_NAME) and (built / CARD_NAME).read_text() == card(built)
 
 
 def test_without_an_index_there_is_no_card(tmp_path):

@@ -207,6 +207,12 @@ def test_flipped_bytes_cross_a_tile_out(folder, capsys):
     assert crossed(tile_at(sheet, 0, 0, 0)) and not crossed(tile_at(sheet, 0, 0, 1)) and not crossed(tile_at(sheet, 0, 1, 0))
 
 
+def test_a_place_that_takes_no_sheet_is_named(folder, capsys):
+    (folder / "file").touch()
+    assert run_command(inspect.main, [str(folder), "--out", str(folder / "file")]) == 2
+    assert "file/train.png: File exists; the sheet needs a place; give --out=FOLDER" in capsys.readouterr().err
+
+
 def test_a_broken_index_hides_no_other_split(folder, capsys):
     other = folder.parent / "validation"
     shutil.copytree(folder, other)

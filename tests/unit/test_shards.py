@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tarfile
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -174,6 +175,7 @@ def test_a_shard_cut_while_open_is_an_error_not_zeros(folder: Path) -> None:
         (lambda text: text.replace(b"slotstream-index/1", b"slotstream-index/9"), "format='slotstream-index/9'"),
         (lambda text: text.replace(b"video-0_1", b"video-0_9"), "must not be edited"),
         (lambda text: json.dumps({"format": "slotstream-index/1"}).encode(), "every field"),
+        (lambda text: text.replace(b'"shards":[{', b'"shards":[{"extra":0},{'), "every field"),
     ],
 )
 def test_a_damaged_index_is_refused(folder: Path, damage, message: str) -> None:
@@ -181,6 +183,26 @@ def test_a_damaged_index_is_refused(folder: Path, damage, message: str) -> None:
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(DataError, match=message):
         DatasetIndex.load(folder)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../../secret.tar", "/etc/x.tar", "http://host/x.tar", "..", ".hidden.tar", "a\\b.tar", "a?b.tar", "train-000000", ""],
+)
+def test_a_shard_lies_beside_its_index_and_nowhere_else(folder: Path, name: str) -> None:
+    """Also where the version is right: whoever can write an index can hash it."""
+    index = DatasetIndex.load(folder)
+    shards = [{**index.shards[0], "name": name}, *index.shards[1:]]
+    replace(index, shards=shards).save(folder)
+    with pytest.raises(DataError, match="a shard has a plain name"):
+        DatasetIndex.load(folder)
+
+
+def test_a_member_larger_than_its_shard_is_refused_before_memory_is_taken(folder: Path) -> None:
+    dataset = ShardDataset.open(folder)
+    dataset.index.samples[0].members["meta"]["length"] = 1 << 50
+    with pytest.raises(DataError, match="sample video-0_0, meta.json: 1125899906842624 bytes; it must fit into its shard"):
+        dataset.metadata(0)
 
 
 def test_an_index_survives_save_and_load(folder: Path, tmp_path: Path) -> None:

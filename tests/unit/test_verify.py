@@ -39,6 +39,20 @@ def test_sound_shards_have_no_line(sound: Path, capsys: pytest.CaptureFixture[st
         assert len(said.out.splitlines()) == 1 and "3 shards" in said.out and not said.err
 
 
+def test_a_broken_index_hides_no_other_split(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(shards / "train", shards / "validation")
+    (shards / "train" / "index.json").write_text("{")
+    assert verify.main([str(shards)]) == 1
+    broken, sound = capsys.readouterr().out.splitlines()
+    assert "train/index.json: " in broken and sound.endswith("sound")
+
+
+def test_wrong_options_are_named(sound: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        verify.main([str(sound), "--threads", "0"])
+    assert ended.value.code == 2 and "--threads=0; at least 1" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("harm", "parts", "quick"),
     [
