@@ -6,10 +6,12 @@ import shutil
 import subprocess
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from data_pipeline.shard_files import FileCounters
 from trainer.observe.prometheus import MAX_SERIES, PHASES, SCORES, Exporter, StepStats, most_series
 
 TERMS = ("feature_reconstruction", "slot_contrast", "ssync_boundary", "ssync_interior")
@@ -31,6 +33,13 @@ NAMES = [
     "slotstream_checkpoint_last_success_timestamp_seconds",
     "slotstream_checkpoint_bytes",
     "slotstream_checkpoint_duration_seconds",
+    "slotstream_checkpoint_every_steps",
+    "slotstream_peer_wait_seconds_total",
+    "slotstream_restarts_total",
+    "slotstream_shard_hits_total",
+    "slotstream_shard_misses_total",
+    "slotstream_shard_fetched_bytes_total",
+    "slotstream_shard_corrupt_total",
     "slotstream_checkpoint_verify_failures_total",
     "slotstream_preemptions_total",
     "slotstream_memory_bytes",
@@ -42,7 +51,8 @@ NAMES = [
 
 @pytest.fixture
 def exporter(tmp_path):
-    made = Exporter(rank=0, world_size=3, run_dir=tmp_path, loss_terms=TERMS, run_info={"git_sha": "abc", "config-hash": "1"})
+    info = {"git_sha": "abc", "config-hash": "1"}
+    made = Exporter(rank=0, world_size=3, run_dir=tmp_path, loss_terms=TERMS, run_info=info, restarts=2, checkpoint_every=100)
     yield made
     made.close()
 
@@ -95,6 +105,43 @@ def test_series_stay_within_the_budget_when_everything_is_used(exporter):
     assert len(series) <= MAX_SERIES == 60
     assert len(series) == most_series(len(TERMS) + 1 + len(SCORES))
     assert not [name for name, _ in series if name.endswith("_created")]
+
+
+def test_what_fetching_cost_is_counted_from_totals(exporter):
+    exporter.shard_files(FileCounters(cache_hits=3, cache_misses=1, fetched_bytes=1000, corrupt=0, retries=7))
+    totals = FileCounters(cache_hits=5, cache_misses=1, fetched_bytes=1000, corrupt=2)
+    exporter.shard_files(totals)
+    totals.cache_hits += 1  # the reader goes on counting in the same object
+    exporter.shard_files(totals)
+    found = scrape(exporter)
+    names = ("hits", "misses", "fetched_bytes", "corrupt")
+    assert [found[f"slotstream_shard_{name}_total", ()] for name in names] == [6, 1, 1000, 2]
+
+
+def test_restarts_and_the_wait_for_slower_ranks_are_told(exporter):
+    exporter.observe_step(step_of(peer_wait_s=0.5))
+    exporter.observe_step(step_of(peer_wait_s=-1e-9))
+    found = scrape(exporter)
+    assert found["slotstream_restarts_total", ()] == 2 and found["slotstream_peer_wait_seconds_total", ()] == 0.5
+    assert found["slotstream_checkpoint_every_steps", ()] == 100
+
+
+def test_a_dying_run_waits_for_the_scrape_that_tells_why(exporter):
+    scrape(exporter)
+    exporter.nonfinite()
+    seen = []
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(exporter.wait_for_scrape, 30.0)
+        while not waiting.done():
+            seen.append(scrape(exporter)["slotstream_nonfinite_total", ()])
+        assert waiting.result() and seen[-1] == 1
+
+
+def test_nobody_waits_for_a_scrape_where_there_is_no_prometheus(exporter):
+    exporter.exposition()
+    assert not exporter.wait_for_scrape(at_most_s=1e9)
+    scrape(exporter)
+    assert not exporter.wait_for_scrape(at_most_s=0.0)
 
 
 def test_every_promised_name_is_there(exporter):

@@ -5,6 +5,7 @@ Rank 0 writes metrics.jsonl and the report and owns the console; every rank serv
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -36,6 +37,7 @@ class Observer:
     def __init__(self, config: RunConfig, world: World, run: Path, attempt: int) -> None:
         self.config, self.world, self.run, self.attempt = config, world, run, attempt
         self.is_main = world.rank == 0
+        self.counts_clips = world.rank % config.parallel.patch_ranks == 0  # ranks that share clips: the first speaks for all
         self.console = Console(config.optim.max_steps, enabled=self.is_main)
         self.meter = Meter()
         self.log: RunLog | None = None
@@ -59,7 +61,7 @@ class Observer:
                 f"{clips} videos in {shards} shards, "
                 f"{self.world.size} rank(s), {self.config.optim.global_batch} clips an update"
             )
-        if self.config.observe.record_order:
+        if self.config.observe.record_order and self.counts_clips:
             self.order = RunLog(self.run / "order" / f"rank{self.world.rank}.jsonl", resume_step=step)
         self.console.start(step)
         self.meter.restart()
@@ -68,18 +70,20 @@ class Observer:
         self, step: int, report: StepReport, batch: ClipBatch, wait_s: float, lr: float, engine: Engine, loader: ClipLoader
     ) -> None:
         """Update number `step` (1 is the first) was applied."""
-        frames = batch.num_real * batch.features.shape[1]
-        self.meter.update(self.config.optim.global_batch, self.config.optim.global_batch * batch.features.shape[1], wait_s)
+        clips = batch.num_real if self.counts_clips else 0
+        self.meter.update(self.config.optim.global_batch, self.config.optim.global_batch * batch.num_frames, wait_s)
         self._steps += 1
         for phase, seconds in report.seconds.items():
             self._phases[phase] = self._phases.get(phase, 0.0) + seconds
         if self.order is not None:
-            self.order.write(step, {"ids": list(batch.sample_ids[: batch.num_real])})
+            real = slice(batch.num_real)
+            self.order.write(step, {"ids": list(batch.sample_ids[real]), "positions": list(batch.positions[real])})
         if self.exporter is not None:
             phases = {"data": wait_s, **report.seconds}
-            self.exporter.observe_step(
-                StepStats(batch.num_real, frames, phases, wait_s, loader.queue_depth(), loader.position, batch.epoch)
-            )
+            waited = phases.pop("exchange", 0.0)
+            frames, depth = clips * batch.num_frames, loader.queue_depth()
+            self.exporter.observe_step(StepStats(clips, frames, phases, wait_s, depth, loader.position, batch.epoch, waited))
+            self.exporter.shard_files(loader.file_counters)
             if loader.skipped > self._skipped:
                 self.exporter.skipped(loader.skipped - self._skipped)
         if loader.skipped > self._skipped:
@@ -132,6 +136,9 @@ class Observer:
     def non_finite(self) -> None:
         if self.exporter is not None:
             self.exporter.nonfinite()
+            self.exporter.wait_for_scrape()  # the run ends now, and would take the news along
+            with contextlib.suppress(RuntimeError):
+                distributed.barrier()  # a rank that left would have the others stopped while they wait
 
     def close(self) -> None:
         self.console.close()
@@ -187,6 +194,8 @@ class Observer:
             run_dir=self.run,
             loss_terms=terms_of(config.objective)[:MAX_LOSS_TERMS],
             run_info={"name": config.name, "features": config.data.features, "seed": str(config.seed)},
+            restarts=self.attempt - 1,
+            checkpoint_every=config.checkpoint.every_steps,
         )
         node = os.environ.get("SLOTSTREAM_NODE", "node0")
         own = targets.target_group(exporter.target, run=self.run.name, attempt=self.attempt, node=node, rank=self.world.rank)

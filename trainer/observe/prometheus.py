@@ -13,8 +13,8 @@ import os
 import re
 import socket
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from prometheus_client import (
@@ -26,13 +26,15 @@ from prometheus_client import (
     generate_latest,
     start_http_server,
 )
+from prometheus_client.metrics_core import Metric
 
 from data_pipeline.files import write_atomically
+from data_pipeline.shard_files import FileCounters
 
-PHASES = ("data", "forward", "backward", "optimizer", "checkpoint")
+PHASES = ("data", "forward", "backward", "optimizer")
 SCORES = ("video_fg_ari", "video_mbo", "frame_fg_ari", "frame_mbo")  # the closed set of label `metric`
 MEMORY_KINDS = ("host", "device")  # host: resident set; device: peak of what the allocator held
-BUCKETS_S = (0.05, 0.5, 5.0)  # with +Inf 4 buckets: 5 phases x (4 + sum + count) are 30 of the 60 series
+BUCKETS_S = (0.5, 5.0)  # with +Inf 3 buckets: 4 phases x (3 + sum + count) are 20 of the 60 series
 MAX_SERIES = 60
 MAX_LOSS_TERMS = 4  # beside the total: what the other series leave room for. metrics.jsonl holds all of a run's terms
 
@@ -46,6 +48,7 @@ _GAUGES = {
     "slotstream_checkpoint_last_success_timestamp_seconds": "When the newest complete checkpoint was written, since 1970.",
     "slotstream_checkpoint_bytes": "Size of the newest checkpoint on disk.",
     "slotstream_checkpoint_duration_seconds": "How long the newest checkpoint took.",
+    "slotstream_checkpoint_every_steps": "Updates from one checkpoint to the next, as configured.",
     "slotstream_world_size": "Ranks that train together.",
 }
 _LABELLED_GAUGES = {
@@ -59,9 +62,23 @@ _COUNTERS = {
     "slotstream_frames_total": "Frames of this rank that went into applied updates.",
     "slotstream_nonfinite_total": "Updates refused because a loss or gradient was not finite.",
     "slotstream_data_wait_seconds_total": "Time in which this rank waited for its loader.",
+    "slotstream_peer_wait_seconds_total": "Time in the first exchange of updates, waiting for slower ranks; CPU runs only.",
     "slotstream_samples_skipped_total": "Damaged samples that were replaced by the next readable one.",
     "slotstream_checkpoint_verify_failures_total": "Checkpoints found whose content is not what their manifest says.",
     "slotstream_preemptions_total": "Requests to stop that this process received and obeyed.",
+    "slotstream_restarts_total": "Attempts of this run before this one.",
+    "slotstream_shard_hits_total": "Shards that were in the cache when they were wanted; a local disk counts nothing.",
+    "slotstream_shard_misses_total": "Shards that had to be fetched.",
+    "slotstream_shard_fetched_bytes_total": "Bytes that came from servers, damaged ones with them.",
+    "slotstream_shard_corrupt_total": "Fetched shards or pieces whose bytes were not the index's; they were fetched again.",
+}
+
+
+_FILE_COUNTERS = {  # the field of FileCounters behind a counter
+    "slotstream_shard_hits_total": "cache_hits",
+    "slotstream_shard_misses_total": "cache_misses",
+    "slotstream_shard_fetched_bytes_total": "fetched_bytes",
+    "slotstream_shard_corrupt_total": "corrupt",
 }
 
 
@@ -76,13 +93,25 @@ class StepStats:
     queue_depth: int | None = None
     position: int | None = None
     epoch: int | None = None
+    peer_wait_s: float = 0.0
+
+
+class _Registry(CollectorRegistry):
+    """Remembers when it was last read."""
+
+    read_at = float("-inf")  # time.monotonic()
+
+    def collect(self) -> Iterator[Metric]:
+        self.read_at = time.monotonic()
+        yield from super().collect()
 
 
 class Exporter:
     """Metrics of one rank, served from a daemon thread.
 
     `loss_terms` is the closed set of label `term` ("total" is added), empty on ranks other than 0. `run_info` holds the
-    labels of `slotstream_run_info`, for example {"git_sha": ..., "config_hash": ..., "dataset_version": ...}.
+    labels of `slotstream_run_info`, for example {"git_sha": ..., "config_hash": ..., "dataset_version": ...}. `restarts`:
+    attempts before this one. `checkpoint_every`: updates from one checkpoint to the next.
     Raises ValueError when the terms would take the rank past 60 series, OSError when `address` is not one of this machine.
     """
 
@@ -95,6 +124,8 @@ class Exporter:
         run_dir: Path | None = None,
         loss_terms: Sequence[str] = (),
         run_info: Mapping[str, str] | None = None,
+        restarts: int = 0,
+        checkpoint_every: int | None = None,
     ) -> None:
         disable_created_metrics()  # a _created series beside each counter and histogram says nothing that Prometheus needs
         self.rank = rank
@@ -102,7 +133,7 @@ class Exporter:
         self.final_path = None if run_dir is None else Path(run_dir) / "monitoring" / f"metrics_rank{rank}.prom"
         self.loss_terms = tuple(dict.fromkeys(["total", *loss_terms])) if rank == 0 else ()
         self._check_budget()
-        self.registry = CollectorRegistry()
+        self.registry = _Registry()
         self._counters = {name: Counter(name, text, registry=self.registry) for name, text in _COUNTERS.items()}
         steps = Histogram(
             "slotstream_step_duration_seconds",
@@ -117,6 +148,10 @@ class Exporter:
         run = Gauge("slotstream_run_info", "What runs here; always 1.", list(info), registry=self.registry)
         (run.labels(**info) if info else run).set(1)
         self._set("slotstream_world_size", world_size)
+        if checkpoint_every is not None:
+            self._set("slotstream_checkpoint_every_steps", checkpoint_every)
+        self._counters["slotstream_restarts_total"].inc(max(0, restarts))
+        self._files = FileCounters()
         self._server, self._thread = start_http_server(0, addr=address, registry=self.registry)
         self.port: int = self._server.server_port
 
@@ -133,6 +168,7 @@ class Exporter:
         count["slotstream_samples_total"].inc(stats.samples)
         count["slotstream_frames_total"].inc(stats.frames)
         count["slotstream_data_wait_seconds_total"].inc(max(0.0, stats.data_wait_s))
+        count["slotstream_peer_wait_seconds_total"].inc(max(0.0, stats.peer_wait_s))
         for phase, seconds in stats.phases.items():
             self._phases[phase].observe(seconds)
         self._set("slotstream_last_step_timestamp_seconds", time.time())
@@ -163,7 +199,6 @@ class Exporter:
         self._set("slotstream_checkpoint_last_success_timestamp_seconds", time.time())
         self._set("slotstream_checkpoint_bytes", size_bytes)
         self._set("slotstream_checkpoint_duration_seconds", seconds)
-        self._phases["checkpoint"].observe(seconds)
 
     def checkpoint_verify_failed(self, count: int = 1) -> None:
         self._counters["slotstream_checkpoint_verify_failures_total"].inc(count)
@@ -178,6 +213,12 @@ class Exporter:
     def skipped(self, count: int = 1) -> None:
         self._counters["slotstream_samples_skipped_total"].inc(count)
 
+    def shard_files(self, now: FileCounters) -> None:
+        """What reading shards has cost since this process began; told as often as one likes."""
+        before, self._files = self._files, replace(now)
+        for name, field_name in _FILE_COUNTERS.items():
+            self._counters[name].inc(max(0, getattr(now, field_name) - getattr(before, field_name)))
+
     def nonfinite(self) -> None:
         self._counters["slotstream_nonfinite_total"].inc()
 
@@ -186,7 +227,25 @@ class Exporter:
 
     def exposition(self) -> bytes:
         """The text that a scrape would get now."""
-        return generate_latest(self.registry)
+        before = self.registry.read_at
+        text = generate_latest(self.registry)
+        self.registry.read_at = before  # this was no scrape
+        return text
+
+    def wait_for_scrape(self, at_most_s: float = 15.0, recent_s: float = 120.0) -> bool:
+        """Before the process ends for a reason that its metrics name: wait until Prometheus has seen it. Returns whether it has.
+
+        Returns at once where nobody has asked for the metrics within `recent_s` seconds.
+        """
+        began = time.monotonic()
+        if began - self.registry.read_at > recent_s:
+            return False
+        while self.registry.read_at <= began:
+            if time.monotonic() - began > at_most_s:
+                return False
+            time.sleep(0.05)
+        time.sleep(0.2)  # the answer is on its way
+        return True
 
     def close(self) -> None:
         """Keep the last values in the run folder, then stop serving. May be called twice."""
