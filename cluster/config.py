@@ -27,6 +27,7 @@ JOBS = {
     "evaluate": Job("trainer.evaluate"),
     "build-shards": Job("data_pipeline.build", tells_plan=True),
 }
+OWN_KEYS = {"build-shards": ("name", "runs")}  # say where the run folder is; the job itself knows none and would refuse them
 BACKEND_NAMES = ("auto", "local", "slurm", "ray")
 
 HELP = """Start a job on N nodes, watch it, and leave nothing behind.
@@ -86,7 +87,7 @@ def parse(argv: Sequence[str]) -> LaunchConfig:
         ranks_per_node=flags.ranks_per_node,
         backend=flags.backend,
         job=job,
-        overrides=tuple(overrides),
+        overrides=tuple(word for word in overrides if word.partition("=")[0] not in OWN_KEYS.get(job, ())),
         run_dir=str(run_folder(job, overrides, flags.runs)),
         grace=flags.grace,
         max_time=None if flags.max_time is None else duration(flags.max_time),

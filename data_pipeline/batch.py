@@ -54,7 +54,7 @@ class ClipBatch:
         return CODECS[self.codec].restore(self.features, self.grid[0] * self.grid[1], self.statistics)
 
     def band(self, first: int, last: int) -> ClipBatch:
-        """The same clips, of the patch grid only rows [first, last), still as they are stored."""
+        """The same clips, of the patch grid only rows [first, last), still as they are stored; a copy."""
         rows, columns = self.grid
         patches = slice(first * columns, last * columns)
         cut = CODECS[self.codec].cut(self.features, rows * columns, patches, self.statistics)

@@ -53,6 +53,7 @@ On several machines: python cluster/launch.py --nodes N build-shards source=NAME
   features=NAME            which extractor: {features}
                            none: frames alone, for training with data.input=frames
   features.layer=last_block  of a DINOv2 model: last_block, last_block_keys (VideoSAUR)
+  features.weights=FILE    where a model's weights lie; of patch: another build's projection.safetensors, for features of its kind
   root=FOLDER              where the dataset lies (a generated one needs none)
   out=FOLDER               where the shards go
   splits=[train,validation]

@@ -197,8 +197,12 @@ def _fit(config: BuildConfig, source: Any, extractor: Any, out: Path) -> None:
     elif not path.exists():
         keys = videos_of(source, config, TRAIN_SPLIT)[: getattr(config.features, "num_fit_clips", None)]
         print(f"fitting {extractor.name} on {len(keys)} videos", flush=True)
-        with one_thread():
-            extractor.fit(_train_clips(config, source, keys, []))
+        unread: list[str] = []
+        try:
+            with one_thread():
+                extractor.fit(_train_clips(config, source, keys, unread))
+        except DataError as error:
+            raise DataError(f"{error}" + (f" ({len(unread)} unreadable; for example {unread[0]})" if unread else "")) from None
         extractor.save(path)
     extractor.load(path)
 

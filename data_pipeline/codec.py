@@ -83,7 +83,7 @@ def _restore_float(stored: Tensor, num_patches: int, statistics: Tensor | None =
 
 
 def _cut_float(stored: Tensor, num_patches: int, patches: slice, statistics: Tensor | None = None) -> Tensor:
-    return stored[:, :, patches]
+    return stored[:, :, patches].contiguous()  # a view would keep whole frames, and be copied again where it is read
 
 
 def _int8_frame(num_patches: int, width: int) -> np.dtype[Any]:

@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import astuple
 from typing import NamedTuple
 
 import numpy as np
@@ -25,7 +26,7 @@ from data_pipeline.config import DataConfig
 from data_pipeline.errors import DataError, FetchError
 from data_pipeline.mixture import Mixture, Part, Places
 from data_pipeline.order import Draws, Position, World, padded_batch, rank_places
-from data_pipeline.shard_files import LocalFiles
+from data_pipeline.shard_files import FileCounters, LocalFiles
 from data_pipeline.store import ShardDataset
 from data_pipeline.video_loader import VideoLoader
 from data_pipeline.views import Cut, draw_view
@@ -118,6 +119,12 @@ class ClipLoader:
     def bytes_read(self) -> int:
         """Bytes of features, or of encoded frames, read from shards so far, ahead of the consumer too."""
         return sum(part.dataset.bytes_read for part in self.mixture.parts)
+
+    @property
+    def file_counters(self) -> FileCounters:
+        """What fetching shards has cost so far, over all datasets."""
+        counters = [astuple(part.dataset.files.counters) for part in self.mixture.parts]
+        return FileCounters(*map(sum, zip(*counters, strict=True)))
 
     def state(self) -> Position:
         """The whole resume state: pass its `position` to a new loader."""

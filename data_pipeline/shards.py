@@ -64,7 +64,7 @@ def read_json(path: Path, what: str, remedy: str) -> dict[str, Any]:
         values = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; {what} must be there; {remedy}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: {error}; {what} must be one whole JSON object; {remedy}") from None
     if not isinstance(values, dict):
         raise DataError(f"{path}: holds a JSON {type(values).__name__}; {what} must be one whole JSON object; {remedy}")

@@ -89,7 +89,10 @@ def fit_slow(descriptors: Iterable[Tensor], num_components: int, num_random: int
     random_weight, random_bias = _random_features(num_inputs, num_random, seed)
     inputs = [_as_float32(item) for item in (mean, deviation, random_weight, random_bias)]
     centre, covariance, neighbour = _statistics((expand(item, *inputs) for item in kept), num_inputs + num_random)
-    correlation, directions = _slowest(covariance, neighbour, num_components)
+    try:
+        correlation, directions = _slowest(covariance, neighbour, num_components)
+    except np.linalg.LinAlgError:
+        raise DataError("patches of the training clips are all alike; a fit needs some that differ; see the videos") from None
     weight = directions * np.maximum(correlation, 0.0)  # scaled by its correlation: what is not slow is small
     names = ("mean", "deviation", "random_weight", "random_bias")
     return SlowProjection(

@@ -1,17 +1,15 @@
 """Fetching: bytes of one object behind a URL, in one answer of a server. Part of data_pipeline.remote.
 
-Comes in: the URL of a split. Goes out: a Body for each request, or an error that says whether another attempt can help. A scheme
-is a function in FETCHERS; the libraries it needs are imported when it is first used.
+Comes in: the URL of a split. Goes out: a Body for each request, or an error that says whether another attempt can help. What
+speaks to a server is found in data_pipeline.remote.schemes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Protocol
-from urllib.parse import urlsplit
 
-from data_pipeline.config import RemoteConfig
-from data_pipeline.errors import FetchError, unknown_name
+from data_pipeline.errors import FetchError
 
 
 class Broken(Exception):
@@ -68,32 +66,3 @@ class Fetcher(Protocol):
         """The object's address for messages, without secrets."""
 
     def close(self) -> None: ...
-
-
-def open_fetcher(root: str, config: RemoteConfig) -> Fetcher:
-    """The fetcher for objects below a URL. Raises ConfigError for an unknown scheme."""
-    scheme = urlsplit(root).scheme
-    if scheme not in FETCHERS:
-        raise unknown_name("data.root: scheme", scheme, [*FETCHERS, "file"])
-    return FETCHERS[scheme](root, config)
-
-
-def _http(root: str, config: RemoteConfig) -> Fetcher:
-    from data_pipeline.remote.fetch_http import HttpFetcher
-
-    return HttpFetcher(root, config)
-
-
-def _s3(root: str, config: RemoteConfig) -> Fetcher:
-    from data_pipeline.remote.fetch_s3 import s3_fetcher
-
-    return s3_fetcher(root, config)
-
-
-def _gs(root: str, config: RemoteConfig) -> Fetcher:
-    from data_pipeline.remote.fetch_s3 import gs_fetcher
-
-    return gs_fetcher(root, config)
-
-
-FETCHERS: dict[str, Callable[[str, RemoteConfig], Fetcher]] = {"http": _http, "https": _http, "s3": _s3, "gs": _gs}

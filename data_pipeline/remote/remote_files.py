@@ -18,9 +18,10 @@ from data_pipeline.config import RemoteConfig
 from data_pipeline.errors import DataError, FetchError
 from data_pipeline.file_systems import is_local
 from data_pipeline.remote.cache import Incoming, ShardCache, open_cache
-from data_pipeline.remote.fetch import Fetcher, open_fetcher
+from data_pipeline.remote.fetch import Fetcher
 from data_pipeline.remote.patience import Patience
 from data_pipeline.remote.remote_index import load_index
+from data_pipeline.remote.schemes import open_fetcher
 from data_pipeline.remote.transfer import piece, whole
 from data_pipeline.shard_files import FileCounters, OpenShard, ShardFiles
 from data_pipeline.shards import DatasetIndex

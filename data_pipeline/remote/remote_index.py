@@ -70,7 +70,7 @@ def _read_kept(path: Path | None, where: str) -> tuple[DatasetIndex | None, str 
 def _parse(content: bytes, where: str) -> DatasetIndex:
     try:
         values = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: {error}; an index must be one whole JSON object; upload it again") from None
     if not isinstance(values, dict):
         raise DataError(f"{where}: holds a JSON {type(values).__name__}; an index must be one whole JSON object; upload it again")

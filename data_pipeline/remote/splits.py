@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from data_pipeline.config import RemoteConfig
 from data_pipeline.errors import DataError, FetchError
 from data_pipeline.remote.address import join, shown
-from data_pipeline.remote.fetch import NotFound, Refused, open_fetcher
+from data_pipeline.remote.fetch import NotFound, Refused
 from data_pipeline.remote.patience import Patience
 from data_pipeline.remote.remote_index import load_index
+from data_pipeline.remote.schemes import open_fetcher
 from data_pipeline.remote.transfer import Count, exists, piece, whole
 from data_pipeline.shards import INDEX_NAME
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -70,7 +71,10 @@ def test_ctrl_c_leaves_whole_shards_and_no_traceback(tmp_path: Path, form: str) 
         words = ["-m", "data_pipeline.build", *settings, "workers=2"]
     command = [sys.executable, *words]
     streams = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL}
-    process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT | mark, text=True, start_new_session=True, **streams)
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # tests in a shell's background inherit that Ctrl-C is ignored
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=ENVIRONMENT | mark, text=True, start_new_session=True, preexec_fn=heard, **streams
+    )
     deadline = time.monotonic() + 100
     while not list(out.rglob("*.tar")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)

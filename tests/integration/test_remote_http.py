@@ -10,6 +10,8 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +19,13 @@ import pytest
 
 from data_pipeline.config import RemoteConfig
 from data_pipeline.errors import ConfigError, DataError, FetchError
+from data_pipeline.inspect import main as inspect
 from data_pipeline.loader import ClipLoader
 from data_pipeline.order import World
 from data_pipeline.remote import fetch_http
 from data_pipeline.remote.remote_files import CachedFiles
 from data_pipeline.shards import DatasetIndex
-from data_pipeline.store import ShardDataset
+from data_pipeline.store import ShardDataset, find_splits
 from data_pipeline.verify import main as verify
 from tests.integration.faulty_server import FaultyServer, changed, cut, dripping, flipped, page, status
 from tests.unit.tiny_shards import data_config, flip_byte, write_split
@@ -395,3 +398,33 @@ def test_verify_over_the_net(server: FaultyServer, capsys: pytest.CaptureFixture
     assert sum(os.path.basename(line.split(": ")[0]) == SECOND for line in capsys.readouterr().out.splitlines()) == 1
     with pytest.raises(DataError, match="no index.json here or in train, validation, test below"):
         verify([f"{server.url}/nothing"])
+
+
+def test_commands_give_up_on_a_server_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not once for each split that there might be; a refusal is no reason to give up: it may only mean that nothing is there."""
+    monkeypatch.setattr("data_pipeline.remote.splits.RemoteConfig", lambda: remote(tmp_path, attempts=1))
+    with FaultyServer(write_split(tmp_path, frames=((4,),)).parent) as server:
+        server.faults = {"index.json": [status(403)]}
+        assert find_splits(server.url) == [f"{server.url}/train"]
+        server.faults, server.requests[:] = {"index.json": [status(503)] * 9}, []
+        with pytest.raises(FetchError, match="status 503; 1 attempts"):
+            find_splits(server.url)
+        assert len(server.requests) == 1
+
+
+def test_inspect_of_a_server_without_ranges(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python's own web server is such a one: whole shards come then, through the cache."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "node"))
+    monkeypatch.delenv("SLURM_TMPDIR", raising=False)
+    handler = partial(QuietHandler, directory=folder.parent)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}"
+        assert inspect([f"{url}/train", "--out", str(tmp_path), "--videos", "1", "--frames", "1"]) == 0
+        server.shutdown()
+    assert (tmp_path / "train.png").is_file() and list((tmp_path / "node").rglob("*.tar"))
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *args: object) -> None:
+        """Nothing."""

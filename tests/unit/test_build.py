@@ -204,6 +204,19 @@ def test_an_extractor_is_fitted_once(tmp_path: Path, source: FakeSource, extract
     assert {index.features["fingerprint"] for index in indices} == {f"{fitted:.6f}"}
 
 
+def test_a_fit_without_readable_videos_says_why(
+    tmp_path: Path, source: FakeSource, extractor: FakeExtractor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fit(clips: Any) -> None:
+        raise DataError(f"given {len(list(clips))} clips")
+
+    extractor.needs_fit = True
+    monkeypatch.setattr(extractor, "fit", fit)
+    source.broken = {f"train_{number}" for number in range(7)}
+    with pytest.raises(DataError, match=r"given 0 clips \(7 unreadable; for example train_0.jpg: cut off\)"):
+        build(config_for(tmp_path, features=PatchFeatures(name="mean")))
+
+
 def test_a_fit_can_be_taken_from_another_build(tmp_path: Path, source: FakeSource, extractor: FakeExtractor) -> None:
     """So that two datasets have features of one kind, as data.mixture needs them."""
     extractor.needs_fit = True

@@ -68,6 +68,9 @@ def test_the_run_folder_comes_from_name_then_experiment_then_run(tmp_path: Path)
     assert parse(["--runs", str(tmp_path), "name=x"]).run_dir == str(tmp_path / "x")
     assert parse([f"runs={tmp_path}"]).run_dir == str(tmp_path / "run")
     assert parse(["--runs", "r"]).run_dir == os.path.abspath("r/run")
+    build = parse(["build-shards", "name=x", f"runs={tmp_path}", "out=y"])  # a build has no run folder: it would refuse the two
+    assert (build.run_dir, build.overrides) == (str(tmp_path / "x"), ("out=y",))
+    assert parse(["name=x", "seed=1"]).overrides == ("name=x", "seed=1")
 
 
 def test_evaluate_works_in_the_folder_that_it_scores(tmp_path: Path) -> None:

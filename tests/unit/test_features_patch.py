@@ -161,6 +161,12 @@ def test_the_solution_is_that_of_the_generalised_eigenproblem():
     np.testing.assert_allclose(mean @ weight + projection.bias.numpy(), 0, atol=1e-5)
 
 
+@pytest.mark.parametrize("value", [0.0, 0.3, 1.0])
+def test_clips_that_show_nothing_cannot_be_fitted(value):
+    with pytest.raises(DataError, match="all alike"):
+        PatchExtractor(PatchFeatures(**SETTINGS)).fit([torch.full((4, 3, 32, 32), value)])
+
+
 def test_save_and_load_are_the_identity(tmp_path):
     extractor = fitted()
     extractor.save(tmp_path / "a.safetensors")

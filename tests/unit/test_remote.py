@@ -12,8 +12,9 @@ from data_pipeline.errors import ConfigError, FetchError
 from data_pipeline.progress import parse_bytes
 from data_pipeline.remote import patience as patience_module
 from data_pipeline.remote.address import is_remote, join, local_path, shown, split_root
-from data_pipeline.remote.fetch import Broken, open_fetcher
+from data_pipeline.remote.fetch import Broken
 from data_pipeline.remote.patience import Patience
+from data_pipeline.remote.schemes import open_fetcher
 from data_pipeline.remote.splits import ShardStream
 
 

@@ -172,6 +172,7 @@ def test_a_shard_cut_while_open_is_an_error_not_zeros(folder: Path) -> None:
     [
         (lambda text: text[: len(text) // 2], "one whole JSON object"),
         (lambda text: b"[1, 2]", "JSON list"),
+        (lambda text: b'{"a":' * 100_000, "one whole JSON object"),  # deeper than can be read
         (lambda text: text.replace(b"slotstream-index/1", b"slotstream-index/9"), "format='slotstream-index/9'"),
         (lambda text: text.replace(b"video-0_1", b"video-0_9"), "must not be edited"),
         (lambda text: json.dumps({"format": "slotstream-index/1"}).encode(), "every field"),
