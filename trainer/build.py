@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import random
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from data_pipeline.errors import ConfigError
 from data_pipeline.loader import ClipLoader, VideoLoader
+from data_pipeline.online import OnlineFeatures
 from data_pipeline.order import World, rank_slice
 from data_pipeline.store import ShardDataset
 from trainer.config import ModelConfig, RunConfig
 from trainer.model.network import VideoSlotModel
 from trainer.objective import Objective
+from trainer.patches import ALONE, PatchGroup
 
 
 def seed_everything(seed: int) -> None:
@@ -28,11 +31,34 @@ def build_model(config: ModelConfig, seed: int) -> VideoSlotModel:
     return VideoSlotModel(config)
 
 
-def build_objective(config: RunConfig) -> Objective:
-    return Objective(config.objective, config.optim.max_steps)
+def build_objective(config: RunConfig, patches: PatchGroup = ALONE) -> Objective:
+    return Objective(config.objective, config.optim.max_steps, patches)
 
 
-def build_clip_loader(config: RunConfig, world: World, position: int) -> ClipLoader:
+def build_online(config: RunConfig, device: torch.device) -> OnlineFeatures | None:
+    """The extractor in the training loop; None where shards hold the features."""
+    return OnlineFeatures(config.data, device) if config.data.input == "frames" else None
+
+
+class Made(NamedTuple):
+    """How the features that the model reads are made. `by` begins a sentence about them."""
+
+    by: str
+    extractor: str
+    width: int
+    grid: list[int]
+    fingerprint: str
+
+    @staticmethod
+    def of(dataset: ShardDataset, online: OnlineFeatures | None) -> Made:
+        if online is None:
+            stored, grid = dataset.index.features, list(dataset.index.grid)
+            return Made(f"{dataset.folder} holds", stored["extractor"], stored["width"], grid, stored["fingerprint"])
+        extractor = online.extractor
+        return Made("data.input=frames makes", extractor.name, extractor.width, list(online.grid), extractor.fingerprint)
+
+
+def build_clip_loader(config: RunConfig, world: World, position: int, online: OnlineFeatures | None = None) -> ClipLoader:
     """Training clips of this rank from stream position `position` on. Raises ConfigError when the shards do not fit the model."""
     loader = ClipLoader(
         config.data,
@@ -42,23 +68,26 @@ def build_clip_loader(config: RunConfig, world: World, position: int) -> ClipLoa
         accumulation=config.parallel.accumulation,
         position=position,
     )
-    check_features(loader.dataset, config.model)
+    check_features(Made.of(loader.dataset, online), config.model)
     return loader
 
 
-def build_video_loader(config: RunConfig, world: World) -> VideoLoader:
-    """Whole validation videos, each exactly once over all ranks."""
-    loader = VideoLoader(config.data, world)
-    check_features(loader.dataset, config.model)
+def build_video_loader(config: RunConfig, world: World, online: OnlineFeatures | None = None) -> VideoLoader:
+    """Whole validation videos with their features, each exactly once over all ranks."""
+    if online is None:
+        loader = VideoLoader(config.data, world)
+    else:
+        loader = VideoLoader(config.data, world, finish=lambda batch: online(batch.to(online.device)))
+    check_features(Made.of(loader.dataset, online), config.model)
     return loader
 
 
-def check_validation(config: RunConfig, world: World, train: ShardDataset) -> None:
+def check_validation(config: RunConfig, world: World, train: ShardDataset, online: OnlineFeatures | None = None) -> None:
     """Before a run begins: its validation shards are there, fit the model, and hold features of the very same extractor."""
-    loader = build_video_loader(config, world)
+    loader = build_video_loader(config, world, online)
     loader.close()
     validation = loader.dataset
-    for name in ("fingerprint", "codec", "resize"):
+    for name in ("fingerprint", "codec", "resize") if online is None else ("resize",):
         here, there = train.index.features[name], validation.index.features[name]
         if here != there:
             raise ConfigError(
@@ -67,32 +96,30 @@ def check_validation(config: RunConfig, world: World, train: ShardDataset) -> No
             )
 
 
-def check_extractor(dataset: ShardDataset, fingerprint: str) -> None:
+def check_extractor(made: Made, fingerprint: str) -> None:
     """Weights know the features of one extractor; others of the same width would be read without an error."""
-    there = dataset.index.features["fingerprint"]
+    there = made.fingerprint
     if fingerprint and there != fingerprint:
+        remedy = "build these shards" if "holds" in made.by else "set data.online.weights to a file"
         raise ConfigError(
-            f"{dataset.folder} holds features with fingerprint {there[:12]}, the run was trained on {fingerprint[:12]}; "
-            "both must come from one extractor; build these shards with the run's weights or projection"
+            f"{made.by} features with fingerprint {there[:12]}, the run was trained on {fingerprint[:12]}; "
+            f"both must come from one extractor; {remedy} with the run's weights or projection"
         )
 
 
 def real_per_rank(config: RunConfig, world: World) -> list[int]:
-    """How many clips of each global batch a rank holds."""
+    """How many clips of each global batch a rank holds, or a group of ranks that share them."""
     slices = [rank_slice(config.optim.global_batch, World(rank=rank, size=world.size)) for rank in range(world.size)]
     return [stop - start for start, stop in slices]
 
 
-def check_features(dataset: ShardDataset, model: ModelConfig) -> None:
-    """The shards' feature width and grid must be the model's."""
-    features, grid = dataset.index.features, list(dataset.index.grid)
-    if features["width"] != model.feature_dim:
+def check_features(made: Made, model: ModelConfig) -> None:
+    """The features' width and grid must be the model's."""
+    if made.width != model.feature_dim:
         raise ConfigError(
-            f"model.feature_dim={model.feature_dim}, but {dataset.folder} holds {features['extractor']} features "
-            f"of width {features['width']}; set model.feature_dim={features['width']}, or build shards of another extractor"
+            f"model.feature_dim={model.feature_dim}, but {made.by} {made.extractor} features "
+            f"of width {made.width}; set model.feature_dim={made.width}, or use another extractor"
         )
-    if grid != list(model.grid):
-        shown = str(grid).replace(" ", "")
-        raise ConfigError(
-            f"model.grid={list(model.grid)}, but {dataset.folder} holds a patch grid of {grid}; set model.grid={shown}"
-        )
+    if made.grid != list(model.grid):
+        shown = str(made.grid).replace(" ", "")
+        raise ConfigError(f"model.grid={list(model.grid)}, but {made.by} a patch grid of {made.grid}; set model.grid={shown}")

@@ -216,6 +216,7 @@ class ParallelConfig:
     precision: str = "auto"  # auto: bf16 on cuda, fp32 on cpu. Softmax, losses and weights stay float32 in both
     zero_stage: int = 1
     accumulation: int = 1  # micro-batches of one update
+    patch_ranks: int = 1  # neighbouring ranks of a node that share the patches of the same clips: memory of a clip over so many
     threads: int = 0  # intra-op threads of a rank; 0: the rank's share of the usable cores
     timeout_s: int = 300  # a collective that waits longer ends the rank
 
@@ -225,6 +226,7 @@ class ParallelConfig:
         if self.zero_stage not in (0, 1, 2, 3):
             raise ConfigError(f"parallel.zero_stage={self.zero_stage}; 0, 1, 2 or 3 is needed; 1 fits models of this size")
         check_at_least("parallel.accumulation", self.accumulation, 1)
+        check_at_least("parallel.patch_ranks", self.patch_ranks, 1)
         check_at_least("parallel.threads", self.threads, 0)
         check_at_least("parallel.timeout_s", self.timeout_s, 1)
 
@@ -295,8 +297,30 @@ class RunConfig:
     def __post_init__(self) -> None:
         check_path("runs", self.runs)
         _check_srl(self)
+        if self.parallel.patch_ranks > 1:
+            _check_patch_ranks(self)
         if not self.name or "/" in self.name or self.name.startswith("."):
             raise ConfigError(f"name={self.name!r}; a plain folder name is needed; for example name=movi_c_seed0")
+
+
+def _check_patch_ranks(config: RunConfig) -> None:
+    """Terms that compare patches of one rank's band with those of another's need all of them in one place."""
+    srl, ranks = config.objective.srl, config.parallel.patch_ranks
+    for key in ("decoder_weight", "encoder_weight", "regulariser_weight"):
+        if getattr(srl, key) > 0:
+            raise ConfigError(
+                f"parallel.patch_ranks={ranks}, objective.srl.{key}={getattr(srl, key)}; SRL compares every patch with all of "
+                "its clip, so they cannot be shared out; set parallel.patch_ranks=1"
+            )
+    if config.model.patch_maps:
+        raise ConfigError(
+            f"parallel.patch_ranks={ranks}, model.patch_maps=true; a softmax over patches needs all of them on one rank; "
+            "set one of them back"
+        )
+    if ranks > config.model.grid[0]:
+        raise ConfigError(
+            f"parallel.patch_ranks={ranks}; the patch grid has only {config.model.grid[0]} rows to share; set it to that or less"
+        )
 
 
 def _check_srl(config: RunConfig) -> None:
@@ -331,6 +355,8 @@ class EvaluationConfig:
     root: str | None = None  # other shards than the run was trained on
     split: str | None = None
     limit: int | None = None
+    input: str | None = None  # features | frames, see data.input; None: what the run was trained on
+    weights: str | None = None  # of the extractor, where they lie elsewhere than in training; used where input is frames
     maps: list[str] = field(default_factory=lambda: ["object", "attn"])
     merge: bool = False  # score with SSync's redundant slots merged
     baselines: bool = True
@@ -340,4 +366,7 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         check_path("run", self.run)
         check_path("out", self.out)
+        check_path("weights", self.weights)
+        if self.input is not None:
+            check_choice("input", self.input, ("features", "frames"))
         check_choice("device", self.device, ("auto", "cpu", "cuda"))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from data_pipeline.errors import ConfigError
 from data_pipeline.order import World
+from trainer.patches import ALONE, PatchGroup, check_layout
 
 
 def world_from_environment() -> World:
@@ -50,21 +51,39 @@ def many() -> bool:
     return dist.is_initialized() and dist.get_world_size() > 1
 
 
-def all_sum(values: Tensor) -> Tensor:
-    """Sum over ranks, in place."""
+def form_patch_groups(world: World, patch_ranks: int, grid: tuple[int, int], timeout_s: int) -> PatchGroup:
+    """Groups of `patch_ranks` neighbouring ranks, each with clips of its own. Collective.
+
+    Raises ConfigError where ranks cannot form such groups.
+    """
+    check_layout(world, patch_ranks, grid, int(os.environ.get("LOCAL_WORLD_SIZE", world.size)))
+    if patch_ranks == 1:
+        return ALONE
+    timeout = timedelta(seconds=timeout_s)
+    firsts = range(0, world.size, patch_ranks)
+    sharing = [dist.new_group(list(range(first, first + patch_ranks)), timeout=timeout) for first in firsts]
+    peers: list[Any] = [None] * patch_ranks
+    if len(firsts) > 1:
+        peers = [dist.new_group([first + index for first in firsts], timeout=timeout) for index in range(patch_ranks)]
+    number, index = divmod(world.rank, patch_ranks)
+    return PatchGroup(patch_ranks, index, grid, sharing[number], peers[index])
+
+
+def all_sum(values: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Sum over ranks, in place; `group`: over these alone."""
     if many():
-        dist.all_reduce(values)
+        dist.all_reduce(values, group=group)
     return values
 
 
-def gather_clips(slots: Tensor, padded: int) -> Tensor:
+def gather_clips(slots: Tensor, padded: int, group: dist.ProcessGroup | None = None) -> Tensor:
     """All ranks' clips: (n, ...) with n <= padded -> (W, padded, ...), the unused rows zero. No gradient."""
     rows = slots.new_zeros((padded, *slots.shape[1:]))
     rows[: slots.shape[0]] = slots
     if not many():
         return rows[None]
-    parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, rows)
+    parts = [torch.empty_like(rows) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, rows, group=group)
     return torch.stack(parts)
 
 

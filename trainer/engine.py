@@ -22,6 +22,7 @@ from trainer import distributed
 from trainer.config import OptimConfig, ParallelConfig
 from trainer.model.network import VideoSlotModel
 from trainer.model.outputs import ModelOutput, OnePassOutput, TaskOf
+from trainer.patches import PatchGroup
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -84,6 +85,11 @@ class Engine:
     @property
     def module(self) -> VideoSlotModel:
         return self._deepspeed.module
+
+    @property
+    def patches(self) -> PatchGroup:
+        """The ranks that share this one's clips."""
+        return self.module.patches
 
     def plain_model(self, build: Callable[[], VideoSlotModel]) -> VideoSlotModel:
         """A model that one rank can call alone, as evaluation needs: under ZeRO-3 a copy with whole weights. Collective."""

@@ -6,6 +6,7 @@ looked at without gradient first, then run again one by one, because memory has 
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import NamedTuple, Protocol
 
@@ -107,8 +108,8 @@ class DecoderInOnePass:
             self._note(number, encoded)
         if self.boundary_count is None and self.objective.is_active("ssync_boundary", self.step):
             self.boundary_count = self._count_boundary()
-        num_real, frames, num_patches = self.parts[number].num_real, encoded.slots.shape[1], encoded.attn_logits.shape[3]
-        patches = self.real_clips * frames * num_patches
+        num_real, frames = self.parts[number].num_real, encoded.slots.shape[1]
+        patches = self.real_clips * frames * math.prod(self.engine.module.grid)  # of whole frames, not of this rank's band
         return self.objective.decoder_task(self.lessons[number], num_real, patches, self.boundary_count, self.step)
 
     def _count_boundary(self) -> Tensor:

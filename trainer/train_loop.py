@@ -3,22 +3,36 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from data_pipeline.batch import ClipBatch
 from data_pipeline.errors import StateError
 from data_pipeline.files import write_atomically
 from data_pipeline.order import World
 from trainer import checkpoint, distributed, evaluate
-from trainer.build import build_clip_loader, build_model, build_objective, build_video_loader, check_validation, real_per_rank
+from trainer.build import (
+    Made,
+    build_clip_loader,
+    build_model,
+    build_objective,
+    build_online,
+    build_video_loader,
+    check_extractor,
+    check_validation,
+    real_per_rank,
+)
 from trainer.config import RunConfig
+from trainer.device_feed import DeviceFeed
 from trainer.engine import Engine, choose_device
 from trainer.observe.observer import Observer
+from trainer.patches import data_world
 from trainer.preemption import Interrupted, StopRequest
 from trainer.schedule import SCHEDULES
 from trainer.state import TrainState
-from trainer.step import Clock, train_step
+from trainer.step import Clock, as_stored, train_step
 
 DONE, REQUEUE = 0, 75
 
@@ -46,17 +60,25 @@ class Training:
         if found is not None:
             checkpoint.load_weights(model, found)
         self.step = found.state.step if found else 0
-        self.loader = build_clip_loader(config, world, position=self.step * config.optim.global_batch)
+        self.online = build_online(config, self.device)
+        self.patches = model.patches = distributed.form_patch_groups(
+            world, config.parallel.patch_ranks, model.grid, config.parallel.timeout_s
+        )
+        self.data_world = data_world(world, config.parallel.patch_ranks)
+        self.loader = build_clip_loader(config, self.data_world, self.step * config.optim.global_batch, self.online)
+        self.features = Made.of(self.loader.dataset, self.online)
         if config.evaluate.at_end or config.evaluate.every_steps:
-            check_validation(config, world, self.loader.dataset)
+            check_validation(config, world, self.loader.dataset, self.online)
         if found is not None:
             found.state.position.require_same_stream(self._state().position)
+            check_extractor(self.features, found.state.features)
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
-        example = torch.zeros(1, config.data.clip_len, config.model.grid[0] * config.model.grid[1], config.model.feature_dim)
+        rows, columns = self.patches.grid_of_band(model.grid)
+        example = torch.zeros(1, config.data.clip_len, rows * columns, config.model.feature_dim)
         self.engine = Engine(
             model, config.optim, config.parallel, self.device, adam=found.adam if found else None, example=example.to(self.device)
         )
-        self.objective = build_objective(config)
+        self.objective = build_objective(config, self.patches)
         self.saved_step = self.good_step = self.step if found else -1
         self._unproven: Path | None = None
         self.observer.started(self.step, self.loader, num_parameters)
@@ -70,15 +92,15 @@ class Training:
 
     def _train(self) -> int:
         config = self.config
-        shares = real_per_rank(config, self.world)
+        shares = real_per_rank(config, self.data_world)
         schedule = SCHEDULES[config.optim.schedule]
-        batches = iter(self.loader)
+        batches, read = self._batches()
         while self.step < config.optim.max_steps:
             waited = Clock()
             batch = next(batches)
             waited.lap("data")
             lr = config.optim.lr * schedule(self.step, config.optim)
-            report = train_step(self.engine, self.objective, batch, shares, self.step, lr, stop=self.stop.requested)
+            report = train_step(self.engine, self.objective, batch, shares, self.step, lr, self.stop.requested, read)
             self.step += 1
             self._retire()
             self.observer.stepped(self.step, report, batch, waited.seconds["data"], lr, self.engine, self.loader)
@@ -90,6 +112,14 @@ class Training:
                 self._evaluate()
         return self._finish()
 
+    def _batches(self) -> tuple[DeviceFeed, Callable[[ClipBatch], ClipBatch]]:
+        """Batches on the device, and what makes features of them. Of stored features only this rank's band goes there; an
+        extractor needs whole frames."""
+        online, patches = self.online, self.patches
+        if online is None:
+            return DeviceFeed(self.loader, self.device, patches.cut), as_stored
+        return DeviceFeed(self.loader, self.device), lambda batch: patches.cut(online(batch))
+
     def close(self) -> None:
         self.loader.close()
         self.observer.close()
@@ -98,8 +128,7 @@ class Training:
         return every > 0 and self.step % every == 0
 
     def _state(self) -> TrainState:
-        fingerprint = self.loader.dataset.index.features["fingerprint"]
-        return TrainState(step=self.step, position=self.loader.state(), features=fingerprint)
+        return TrainState(step=self.step, position=self.loader.state(), features=self.features.fingerprint)
 
     def _save(self) -> None:
         if self.saved_step == self.step:
@@ -132,7 +161,7 @@ class Training:
     def _evaluate(self, num_pictures: int = 0) -> evaluate.Evaluation:
         began = time.perf_counter()
         model = self.engine.plain_model(lambda: build_model(self.config.model, self.config.seed))
-        with build_video_loader(self.config, self.world) as loader:
+        with build_video_loader(self.config, self.world, self.online) as loader:
             result = evaluate.evaluate_model(model, loader, self.config, num_pictures, self.stop)
         self.observer.evaluated(self.step, result, time.perf_counter() - began)
         return result
@@ -154,5 +183,5 @@ class Training:
 
     def _baselines(self) -> dict[str, dict[str, float]]:
         untrained = build_model(self.config.model, self.config.seed).to(self.device)
-        with build_video_loader(self.config, self.world) as loader:
+        with build_video_loader(self.config, self.world, self.online) as loader:
             return evaluate.evaluate_baselines(loader, self.config, untrained, self.stop)

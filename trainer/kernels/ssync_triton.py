@@ -27,7 +27,7 @@ def label_map(logits: Tensor, dtype: torch.dtype) -> Tensor:
 def merged_and_chosen(
     labels: Tensor, slot_map: Tensor, grid: tuple[int, int], clamp: bool, least: int, least_equal: int, below: int
 ) -> tuple[Tensor, Tensor]:
-    """ssync._targets: relabel, count neighbours, then: at least `least` and fewer than `below` different, `least_equal` equal"""
+    """ssync._merged_and_chosen: labels after merging; at least `least` and fewer than `below` different, `least_equal` equal"""
     labels, slot_map = labels.contiguous(), slot_map.contiguous()
     merged, chosen = torch.empty_like(labels), torch.empty_like(labels, dtype=torch.bool)
     clips, frames, num_patches = labels.shape

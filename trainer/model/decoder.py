@@ -66,27 +66,45 @@ class MLPDecoder(nn.Module):
         return getattr(self, f"weight_{index}"), getattr(self, f"bias_{index}")
 
     @overload
-    def forward(self, slots: Tensor) -> tuple[Tensor, Tensor]: ...
+    def forward(self, slots: Tensor, *, band: slice | None = None) -> tuple[Tensor, Tensor]: ...
     @overload
-    def forward(self, slots: Tensor, task: DecoderTask | Decoded, target: Tensor) -> tuple[Tensor, Decoded]: ...
-    def forward(self, slots, task=None, target=None):
+    def forward(
+        self, slots: Tensor, task: DecoderTask | Decoded, target: Tensor, band: slice | None = None
+    ) -> tuple[Tensor, Decoded]: ...
+    def forward(self, slots, task=None, target=None, band=None):
         """Shapes: slots (N, S, D), N frames -> reconstruction (N, P, E), object_logits (N, S, P), at least float32.
 
         With a task, one pass that also learns: slots (B, T, S, D), target (B, T, P, E) -> a scalar of value 0 that carries the
         gradient, and what was found. Without grad mode the gradients are in what was found; handed in as the task, they are
-        carried into another graph.
+        carried into another graph. With `band`, P stands for these patches of a frame alone, and positions of others get no
+        gradient.
         """
+        if task is None and self.path == "plain":
+            return self._whole(slots, band)
+        weights, settings = self._weights(band), self._settings(slots)
         if task is None:
-            return self._whole(slots) if self.path == "plain" else decode(self._weights(), slots, self._settings(slots))
+            return decode(weights, slots, settings)
         decoded = task
         if isinstance(task, DecoderTask):
-            decoded = learn(self._weights(), slots.detach(), target, task, self._settings(slots))
+            decoded = learn(weights, slots.detach(), target, task, settings)
+            if band is not None:
+                decoded = decoded._replace(gradients=self._of_all_positions(decoded.gradients, band))
         if not torch.is_grad_enabled():
             return slots.new_zeros(()), decoded
         return carry(decoded.gradients, slots, list(self.parameters())), decoded._replace(gradients=())
 
-    def _weights(self) -> Weights:
-        return Weights(self.positions, tuple(self.layer(index) for index in range(self.num_layers)))
+    def _of_all_positions(self, gradients: tuple[Tensor, ...], band: slice) -> tuple[Tensor, ...]:
+        """The same gradients with zeros for the positions outside the band."""
+        of_slots, of_band, *rest = gradients
+        whole = torch.zeros_like(self.positions)
+        whole[band] = of_band
+        return (of_slots, whole, *rest)
+
+    def _positions(self, band: slice | None) -> Tensor:
+        return self.positions if band is None else self.positions[band]
+
+    def _weights(self, band: slice | None = None) -> Weights:
+        return Weights(self._positions(band), tuple(self.layer(index) for index in range(self.num_layers)))
 
     def _settings(self, slots: Tensor) -> Settings:
         device = slots.device
@@ -94,10 +112,11 @@ class MLPDecoder(nn.Module):
         dtype = torch.get_autocast_dtype(device.type) if bf16 else slots.dtype
         return Settings(self.chunk_rows, dtype, choose_products(self.products, device))
 
-    def _whole(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+    def _whole(self, slots: Tensor, band: slice | None = None) -> tuple[Tensor, Tensor]:
         """The plain twin: every hidden tensor whole, autograd keeps them."""
+        positions = self._positions(band)
         weight, bias = self.layer(0)
-        from_slots, from_positions = linear(slots, weight, bias), linear(self.positions, weight)
+        from_slots, from_positions = linear(slots, weight, bias), linear(positions, weight)
         hidden = (from_slots[:, None] + from_positions[:, None]).relu()  # (N, P, S, H)
         for index in range(1, self.num_layers - 1):
             hidden = linear(hidden, *self.layer(index)).relu()

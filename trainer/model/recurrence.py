@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from data_pipeline.features.attention import attention
 from trainer.model.slot_attention import SlotAttention
+from trainer.patches import ALONE, PatchGroup
 
 
 class LearnedQueries(nn.Module):
@@ -74,7 +75,7 @@ class SlotRecurrence(nn.Module):
         self.iters_first = iters_first
         self.iters_next = iters_next
 
-    def forward(self, queries: Tensor, mapped: Tensor, first: bool = True) -> tuple[Tensor, ...]:
+    def forward(self, queries: Tensor, mapped: Tensor, first: bool = True, patches: PatchGroup = ALONE) -> tuple[Tensor, ...]:
         """queries (B, S, D), mapped (B, T, P, D) -> slots (B, T, S, D), attn_logits (B, T, S, P), perhaps patch_maps (B, T, S, P)
 
         With first=False the frames go on from those before, whose last slots are the queries.
@@ -88,5 +89,5 @@ class SlotRecurrence(nn.Module):
             if not begins:
                 queries = self.predictor(frames[-1][0] if frames else queries)
             num_iters = self.iters_first if begins else self.iters_next
-            frames.append(self.slot_attention(queries, frame_keys, frame_values, num_iters))
+            frames.append(self.slot_attention(queries, frame_keys, frame_values, num_iters, patches))
         return tuple(torch.stack(made, dim=1) for made in zip(*frames, strict=True))

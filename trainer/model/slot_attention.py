@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from trainer.patches import ALONE, PatchGroup
+
 EPS = 1e-8  # keeps the renormalisation over patches finite where a slot gets nothing
 
 
@@ -49,8 +51,10 @@ class SlotAttention(nn.Module):
         normed = self.norm_features(mapped)
         return self.to_k(normed), self.to_v(normed)
 
-    def forward(self, queries: Tensor, keys: Tensor, values: Tensor, num_iters: int) -> tuple[Tensor, ...]:
-        """One frame.
+    def forward(
+        self, queries: Tensor, keys: Tensor, values: Tensor, num_iters: int, patches: PatchGroup = ALONE
+    ) -> tuple[Tensor, ...]:
+        """One frame, or this rank's band of it: then the ranks of `patches` go through the iterations together.
 
         Shapes: queries (B, S, D), keys and values (B, P, D) -> slots (B, S, D), attn_logits (B, S, P) of the last
         iteration, scaled, from the slots *before* that iteration's update; and, with patch_maps, softmax over patches of the
@@ -64,9 +68,16 @@ class SlotAttention(nn.Module):
             attn_maps = attn_logits.softmax(dim=1)
             if self.makes_patch_maps:
                 patch_maps.append(attn_logits.softmax(dim=2))
-            weights = attn_maps + EPS
-            updates = (weights @ values) / weights.sum(dim=2, keepdim=True)
+            updates = _mean_values(attn_maps + EPS, values, patches)
             hidden = normed if self.gru_reads_normed else slots
             updated = self.gru(updates.flatten(0, 1), hidden.flatten(0, 1)).view_as(slots)
             slots = self.mlp(updated)
         return (slots, attn_logits, torch.stack(patch_maps).mean(dim=0)) if patch_maps else (slots, attn_logits)
+
+
+def _mean_values(weights: Tensor, values: Tensor, patches: PatchGroup) -> Tensor:
+    """Each slot's weighted mean over all patches: weights (B, S, P), values (B, P, D) -> (B, S, D)"""
+    sums, total = weights @ values, weights.sum(dim=2, keepdim=True)
+    if patches.size > 1:  # one sum over the ranks for both
+        sums, total = patches.sum(torch.cat([sums, total], dim=2)).split([values.shape[2], 1], dim=2)
+    return sums / total

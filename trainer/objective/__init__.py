@@ -14,6 +14,7 @@ from trainer.objective.feature_reconstruction import feature_reconstruction
 from trainer.objective.slot_contrast import slot_contrast
 from trainer.objective.slot_merging import reads_object_logits
 from trainer.objective.terms import TermValue, term
+from trainer.patches import ALONE, PatchGroup
 
 __all__ = ["Lessons", "Objective", "TermValue", "terms_of"]
 
@@ -44,10 +45,14 @@ class Lessons(NamedTuple):
 
 
 class Objective:
-    """All terms of a run. A term whose weight is 0, now or always, is absent rather than zero."""
+    """All terms of a run. A term whose weight is 0, now or always, is absent rather than zero.
 
-    def __init__(self, config: ObjectiveConfig, max_steps: int):
+    Where ranks share the patches of clips (`patches`), local terms are sums over this rank's patches.
+    """
+
+    def __init__(self, config: ObjectiveConfig, max_steps: int, patches: PatchGroup = ALONE):
         self.config = config
+        self.patches = patches
         self.max_steps = max_steps
         self.ssync_start = config.ssync.start_fraction * max_steps
         self.coupled_scope = config.slot_contrast.scope
@@ -68,7 +73,7 @@ class Objective:
             terms["feature_reconstruction"] = feature_reconstruction(output)
         if self.has_data_counts(step):
             config = self.config.ssync
-            selection = ssync.select(output.attn_logits, output.object_logits, output.grid, config)
+            selection = ssync.select(output.attn_logits, output.object_logits, output.grid, config, self.patches)
             if self.is_active("ssync_boundary", step):
                 terms["ssync_boundary"] = ssync.boundary_term(output.object_logits, selection, config)
             if self.is_active("ssync_interior", step):
@@ -86,12 +91,12 @@ class Objective:
         """What SSync draws from the encoder alone; None where it is not active. `encoded` holds real clips only."""
         if not self.has_data_counts(step):
             return None
-        return Lessons(*ssync.boundary_targets(encoded.attn_logits, encoded.grid, self.config.ssync))
+        return Lessons(*ssync.boundary_targets(encoded.attn_logits, encoded.grid, self.config.ssync, patches=self.patches))
 
     def decoder_task(
         self, lessons: Lessons | None, num_real: int, num_patches: int, num_boundary: Tensor | None, step: int
     ) -> DecoderTask:
-        """The decoder's shares of the global loss. `num_patches`, `num_boundary`: counts over all ranks and micro-batches.
+        """The decoder's shares of the global loss. `num_patches`, `num_boundary`: counts over all clips, whole frames.
 
         An empty set has no gradient here; where it shall be NaN, the step finds that in the term and updates nothing.
         """
@@ -112,7 +117,7 @@ class Objective:
             by_slots = lessons.slot_map.shape[1] if config.class_reduction == "mean" else 1
             terms["ssync_boundary"] = term(decoded.boundary_error / by_slots, lessons.boundary.chosen.sum())
         if lessons is not None and self.is_active("ssync_interior", step):
-            targets = ssync.interior_targets(decoded.object_labels, lessons.slot_map, encoded.grid, config)
+            targets = ssync.interior_targets(decoded.object_labels, lessons.slot_map, encoded.grid, config, self.patches)
             terms["ssync_interior"] = ssync.label_term(encoded.attn_logits, targets, config)
         return terms
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from trainer.config import MergeConfig
 from trainer.kernels.choice import use_triton
+from trainer.patches import ALONE, PatchGroup
 
 AREA_EPS = 1e-6  # added to every area, so that two empty masks overlap by 0
 
@@ -21,18 +22,24 @@ def reads_object_logits(config: MergeConfig) -> bool:
 
 
 def merge_slots(
-    attn_logits: Tensor, object_logits: Tensor | None, attn_labels: Tensor, config: MergeConfig, kernels: str = "torch"
+    attn_logits: Tensor,
+    object_logits: Tensor | None,
+    attn_labels: Tensor,
+    config: MergeConfig,
+    kernels: str = "torch",
+    patches: PatchGroup = ALONE,
 ) -> Tensor:
-    """Which slot each slot becomes, per clip over all its frames. (B, S) int64
+    """Which slot each slot becomes, per clip over all its frames and patches. (B, S) int64
 
-    Shapes: logits (B, T, S, P), attn_labels (B, T, P). `object_logits` may be None unless reads_object_logits(config).
+    Shapes: logits (B, T, S, P), attn_labels (B, T, P), P this rank's patches; `patches`: who holds the others.
+    `object_logits` may be None unless reads_object_logits(config).
     """
     clips, _, num_slots, _ = attn_logits.shape
     identity = torch.arange(num_slots, device=attn_logits.device).expand(clips, -1)
     if config.mode == "none":
         return identity
-    edges = redundancy_edges(attn_logits, object_logits, config)
-    areas = slot_areas(attn_labels, num_slots)
+    edges = redundancy_edges(attn_logits, object_logits, config, patches)
+    areas = patches.total(slot_areas(attn_labels, num_slots))
     if config.mode == "pairwise":
         return _largest_direct_neighbour(edges, areas, identity)
     if use_triton(attn_logits, kernels):
@@ -48,7 +55,9 @@ def slot_areas(labels: Tensor, num_slots: int) -> Tensor:
     return flat.new_zeros(flat.shape[0], num_slots).scatter_add_(1, flat, torch.ones_like(flat))
 
 
-def redundancy_edges(attn_logits: Tensor, object_logits: Tensor | None, config: MergeConfig) -> Tensor:
+def redundancy_edges(
+    attn_logits: Tensor, object_logits: Tensor | None, config: MergeConfig, patches: PatchGroup = ALONE
+) -> Tensor:
     """Pairs of different slots that cover the same patches: IoU above config.threshold. (B, S, S) bool, symmetric"""
     as_probs = config.space == "probs"
     wanted = [attn_logits] if config.source != "D" else []
@@ -56,9 +65,9 @@ def redundancy_edges(attn_logits: Tensor, object_logits: Tensor | None, config: 
         assert object_logits is not None, f"objective.ssync.merge.source={config.source} reads the decoder's logits"
         wanted.append(object_logits)
     if config.source == "avg_map":  # logits of the two maps have no common scale, so this one averages probabilities
-        edges = mean_iou((wanted[0].softmax(dim=2) + wanted[1].softmax(dim=2)) / 2) > config.threshold
+        edges = mean_iou((wanted[0].softmax(dim=2) + wanted[1].softmax(dim=2)) / 2, patches) > config.threshold
     else:
-        overlaps = [mean_iou(logits.softmax(dim=2) if as_probs else logits) for logits in wanted]
+        overlaps = [mean_iou(logits.softmax(dim=2) if as_probs else logits, patches) for logits in wanted]
         if config.source == "avg_iou":
             overlaps = [(overlaps[0] + overlaps[1]) / 2]
         edges = overlaps[0] > config.threshold
@@ -70,13 +79,13 @@ def redundancy_edges(attn_logits: Tensor, object_logits: Tensor | None, config: 
 
 
 @torch.no_grad()
-def mean_iou(values: Tensor) -> Tensor:
+def mean_iou(values: Tensor, patches: PatchGroup = ALONE) -> Tensor:
     """Each slot covers the patches where it lies above its own mean over the clip; IoU of all pairs, mean over frames.
 
     Shapes: (B, T, S, P) -> (B, S, S). A frame in which both masks are empty counts as 0, as released.
     """
-    covered = torch.gt(values, values.mean(dim=(1, 3), keepdim=True), out=torch.empty_like(values))  # 0 or 1
-    shared = covered @ covered.mT  # whole numbers, exact in float32
+    covered = torch.gt(values, patches.mean_over_clip(values), out=torch.empty_like(values))  # 0 or 1
+    shared = patches.total(covered @ covered.mT)  # whole numbers, exact in float32
     areas = shared.diagonal(dim1=2, dim2=3) + AREA_EPS
     return (shared / (areas.unsqueeze(3) + areas.unsqueeze(2) - shared)).mean(dim=1)
 

@@ -21,6 +21,7 @@ from trainer.kernels.choice import use_triton
 from trainer.kernels.label_error import label_error
 from trainer.objective.slot_merging import merge_slots
 from trainer.objective.terms import TermValue, term
+from trainer.patches import ALONE, PatchGroup
 from trainer.precision import at_least_float32, full_precision
 
 NEIGHBOURS = 10  # eight around a patch, the same patch one frame before and one after
@@ -50,20 +51,29 @@ class Selection(NamedTuple):
 
 
 @torch.no_grad()
-def select(attn_logits: Tensor, object_logits: Tensor, grid: tuple[int, int], config: SSyncConfig) -> Selection:
-    """Merge redundant slots and choose the patches. Shapes: logits (B, T, S, P), P = Y*X = product of `grid`."""
+def select(
+    attn_logits: Tensor, object_logits: Tensor, grid: tuple[int, int], config: SSyncConfig, patches: PatchGroup = ALONE
+) -> Selection:
+    """Merge redundant slots and choose the patches. Shapes: logits (B, T, S, P), P = Y*X = product of `grid`.
+
+    Where ranks share the patches, `patches` is their group, and P and `grid` are this rank's band; so in all that follows.
+    """
     with full_precision(attn_logits):
         attn_logits, object_logits = at_least_float32(attn_logits), at_least_float32(object_logits)
         attn_labels, object_labels = (hard_labels(logits, config.kernels) for logits in (attn_logits, object_logits))
-        slot_map = merge_slots(attn_logits, object_logits, attn_labels, config.merge, config.kernels)
-    boundary = boundary_of(attn_labels, slot_map, grid, config)
-    interior = interior_targets(object_labels, slot_map, grid, config)
+        slot_map = merge_slots(attn_logits, object_logits, attn_labels, config.merge, config.kernels, patches)
+    boundary = boundary_of(attn_labels, slot_map, grid, config, patches)
+    interior = interior_targets(object_labels, slot_map, grid, config, patches)
     return Selection(attn_labels, object_labels, boundary.labels, interior.labels, boundary.chosen, interior.chosen, slot_map)
 
 
 @torch.no_grad()
 def boundary_targets(
-    attn_logits: Tensor, grid: tuple[int, int], config: SSyncConfig, object_logits: Tensor | None = None
+    attn_logits: Tensor,
+    grid: tuple[int, int],
+    config: SSyncConfig,
+    object_logits: Tensor | None = None,
+    patches: PatchGroup = ALONE,
 ) -> tuple[Targets, Tensor]:
     """What the decoder learns and where, and slot_map (B, S) for interior_targets.
 
@@ -73,37 +83,55 @@ def boundary_targets(
         attn_logits = at_least_float32(attn_logits)
         labels = hard_labels(attn_logits, config.kernels)
         objects = None if object_logits is None else at_least_float32(object_logits)
-        slot_map = merge_slots(attn_logits, objects, labels, config.merge, config.kernels)
-    return boundary_of(labels, slot_map, grid, config), slot_map
+        slot_map = merge_slots(attn_logits, objects, labels, config.merge, config.kernels, patches)
+    return boundary_of(labels, slot_map, grid, config, patches), slot_map
 
 
-def boundary_of(attn_labels: Tensor, slot_map: Tensor, grid: tuple[int, int], config: SSyncConfig) -> Targets:
+def boundary_of(
+    attn_labels: Tensor, slot_map: Tensor, grid: tuple[int, int], config: SSyncConfig, patches: PatchGroup = ALONE
+) -> Targets:
     """Merged attention labels, and the patches beside a border between two of them."""
     least = config.min_different + 1 if config.boundary_strict else config.min_different
-    return _targets(attn_labels, slot_map, grid, config, least=least, least_equal=config.min_equal, below=NEIGHBOURS + 1)
+    bounds = (least, config.min_equal, NEIGHBOURS + 1)
+    return _targets(attn_labels, slot_map, grid, config, bounds, patches)
 
 
-def interior_targets(object_labels: Tensor, slot_map: Tensor, grid: tuple[int, int], config: SSyncConfig) -> Targets:
+def interior_targets(
+    object_labels: Tensor, slot_map: Tensor, grid: tuple[int, int], config: SSyncConfig, patches: PatchGroup = ALONE
+) -> Targets:
     """What slot attention learns and where: merged object labels, and the patches away from their borders.
 
     Shapes: object_labels (B, T, P), argmax over slots of the decoder's logits, before merging; slot_map (B, S).
     """
-    return _targets(object_labels, slot_map, grid, config, least=0, least_equal=0, below=config.max_different)
+    return _targets(object_labels, slot_map, grid, config, (0, 0, config.max_different), patches)
 
 
 def _targets(
-    labels: Tensor, slot_map: Tensor, grid: tuple[int, int], config: SSyncConfig, *, least: int, least_equal: int, below: int
+    labels: Tensor,
+    slot_map: Tensor,
+    grid: tuple[int, int],
+    config: SSyncConfig,
+    bounds: tuple[int, int, int],
+    patches: PatchGroup,
 ) -> Targets:
+    """Merged labels of the band, and the patches chosen. The rows next to it are looked at, too; what is counted there, at a
+    border that is none, is dropped."""
+    wider, wider_grid, own = patches.with_next_rows(labels, grid)
+    merged, chosen = _merged_and_chosen(wider, slot_map, wider_grid, config, *bounds)
+    return Targets(merged[:, :, own], chosen[:, :, own])
+
+
+def _merged_and_chosen(
+    labels: Tensor, slot_map: Tensor, grid: tuple[int, int], config: SSyncConfig, least: int, least_equal: int, below: int
+) -> tuple[Tensor, Tensor]:
     """Merged labels, and where at least `least` and fewer than `below` neighbours differ and at least `least_equal` agree."""
     if use_triton(labels, config.kernels):
         from trainer.kernels import ssync_triton
 
-        return Targets(
-            *ssync_triton.merged_and_chosen(labels, slot_map, grid, config.border == "clamp", least, least_equal, below)
-        )
+        return ssync_triton.merged_and_chosen(labels, slot_map, grid, config.border == "clamp", least, least_equal, below)
     merged = relabel(labels, slot_map)
     different, equal = count_neighbours(merged, grid, config.border)
-    return Targets(merged, (different >= least) & (equal >= least_equal) & (different < below))
+    return merged, (different >= least) & (equal >= least_equal) & (different < below)
 
 
 def boundary_term(object_logits: Tensor, selection: Selection, config: SSyncConfig) -> TermValue:

@@ -76,8 +76,9 @@ def make_plan(options: argparse.Namespace) -> dict[str, Any]:
     codecs = [*traffic.CODEC_BYTES, "frames"]
     if options.codec:
         check_choice("--codec", options.codec, codecs)
-    dataset = traffic.find_dataset(sizes, options.codec)
-    codec = options.codec or (dataset.codec if dataset else run.data.codec or traffic.DEFAULT_CODEC)
+    wanted = options.codec or ("frames" if run.data.input == "frames" else None)
+    dataset = traffic.find_dataset(sizes, wanted)
+    codec = wanted or (dataset.codec if dataset else run.data.codec or traffic.DEFAULT_CODEC)
     rates = measured_rates() if options.measure else find_rates(options.rate or ("cpu_core" if options.cpu else "h200"))
     supply = Supply(codec=codec, link=options.link * GIGA, disk=options.disk * GIGA)
     return _facts(sizes, dataset, rates, supply)
