@@ -4,12 +4,27 @@ from __future__ import annotations
 
 import os
 
+import pytest
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", ".hypothesis")
 
-ALLOWED_SKIPS = ("gpu:", "triton:")  # a skip in CI must begin its reason so; CI runs `make test-kernels` for the second
+# A skip in CI must begin its reason so. CI runs `make test-kernels` for the second; the third waits for the Slurm backend.
+ALLOWED_SKIPS = ("gpu:", "triton:", "slurm:")
 _skipped: list[str] = []
+
+
+@pytest.fixture(scope="session")
+def one_rank():
+    """A group of this process alone, for all files that a worker runs: DeepSpeed keeps the first group that it sees."""
+    import torch
+
+    from trainer import distributed
+
+    distributed.start(torch.device("cpu"), 60)
+    yield
+    distributed.stop()
 
 
 def pytest_runtest_logreport(report):

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from data_pipeline.batch import ClipBatch
-from trainer import distributed
 from trainer.config import MergeConfig, ModelConfig, ObjectiveConfig, OptimConfig, ParallelConfig, SSyncConfig
 from trainer.engine import Engine
 from trainer.model.network import VideoSlotModel
@@ -26,11 +25,7 @@ SSYNC = SSyncConfig(boundary_weight=1.0, interior_weight=0.7, start_fraction=0.2
 CLIPS, STEPS = 4, 3
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_rank():  # type: ignore[no-untyped-def]
-    distributed.start(CPU, 60)
-    yield
-    distributed.stop()
+pytestmark = pytest.mark.usefixtures("one_rank")
 
 
 def batch_of(step: int, num_real: int = CLIPS, frames: int = 3) -> ClipBatch:

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 from data_pipeline.errors import ConfigError, StateError
 from data_pipeline.order import Position
-from trainer import checkpoint, distributed
+from trainer import checkpoint
 from trainer.config import ModelConfig, OptimConfig, ParallelConfig
 from trainer.engine import Engine
 from trainer.model.network import VideoSlotModel
@@ -40,13 +40,11 @@ def update(engine: Engine, seed: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def engine():
-    distributed.start(CPU, 60)
+def engine(one_rank):
     torch.manual_seed(0)
     made = make_engine()
     update(made, 1)
-    yield made
-    distributed.stop()
+    return made
 
 
 @pytest.fixture

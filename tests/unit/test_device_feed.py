@@ -160,7 +160,7 @@ def test_the_wait_for_data_is_the_readers_delay(root: Path, monkeypatch: pytest.
     assert quick < slow / 2
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="gpu: needs a CUDA device")
 def test_on_a_real_device_every_batch_arrives_whole(root: Path) -> None:
     """While the device is kept busy, so that copies overlap with work and memory is used again."""
     device = torch.device("cuda")
