@@ -14,7 +14,7 @@ from tests.integration.slurm_cluster import SlurmCluster, SlurmFault, parse_fiel
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
-        "SLOTSTREAM_SLURM_TESTS" not in os.environ, reason="slurm: set SLOTSTREAM_SLURM_TESTS=1 to run these as root"
+        "SLOTSTREAM_SLURM_TESTS" not in os.environ, reason="slurm: SLOTSTREAM_SLURM_TESTS=1 runs these, as root"
     ),
 ]
 
