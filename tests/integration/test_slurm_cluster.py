@@ -13,9 +13,7 @@ from tests.integration.slurm_cluster import SlurmCluster, SlurmFault, parse_fiel
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(
-        "SLOTSTREAM_SLURM_TESTS" not in os.environ, reason="slurm: SLOTSTREAM_SLURM_TESTS=1 runs these, as root"
-    ),
+    pytest.mark.skipif("SLOTSTREAM_SLURM_TESTS" not in os.environ, reason="slurm: SLOTSTREAM_SLURM_TESTS=1 runs these, as root"),
 ]
 
 # Says which attempt it is, then waits for a signal in a step: what a training job looks like from outside.
