@@ -18,6 +18,7 @@ if __package__ in (None, ""):
     sys.path[0] = str(ROOT)  # as a script: this folder's modules are benchmarks.*, and shadow nobody else's
 
 from benchmarks.shapes import QUICK, SHAPES, Shape, compose_run  # noqa: E402
+from benchmarks.single import prepare_environment  # noqa: E402
 
 if TYPE_CHECKING:
     from benchmarks.table import Row
@@ -75,7 +76,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> int:
     options = parse(argv)
-    _prepare_environment(options.threads)
+    prepare_environment(options.threads)
     report = measure_all(options)
     from benchmarks import machine
     from benchmarks.table import render
@@ -91,16 +92,6 @@ def main(argv: list[str]) -> int:
 
         write(options.results, report, options.steps)
     return 0
-
-
-def _prepare_environment(threads: int) -> None:
-    """Before torch is imported. This is a single rank, whatever launcher variables are around."""
-    os.environ["OMP_NUM_THREADS"] = str(threads)
-    os.environ.setdefault("DS_BUILD_OPS", "0")
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler counts memory; its own messages are of no use here
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        os.environ.pop(name, None)
 
 
 def measure_all(options: argparse.Namespace) -> dict[str, Any]:

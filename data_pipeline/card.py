@@ -44,32 +44,32 @@ OWN = "made by this project's code; Apache-2.0, like the code"
 UNKNOWN = Origin("", "", "those of the videos and annotations that the shards were made from")
 ORIGINS: dict[str, Origin] = {
     "movi": Origin(
-        "MOVi", "Greff et al., Kubric: a scalable dataset generator, CVPR 2022", "https://github.com/google-research/kubric"
+        "MOVi", "Greff et al., Kubric: a scalable dataset generator, CVPR 2022", "see https://github.com/google-research/kubric"
     ),
     "ytvis": Origin(
         "YouTube-VIS, or OVIS in the same layout",
         "Yang et al., Video instance segmentation, ICCV 2019; Qi et al., Occluded video instance segmentation, IJCV 2022",
-        "https://youtube-vos.org/dataset/vis and https://songbai.site/ovis; videos for research only",
+        "see https://youtube-vos.org/dataset/vis and https://songbai.site/ovis",
     ),
     "davis": Origin(
         "DAVIS 2017",
         "Pont-Tuset et al., The 2017 DAVIS challenge on video object segmentation, 2017",
-        "https://davischallenge.org",
+        "see https://davischallenge.org",
     ),
     "coco": Origin(
         "COCO 2017",
         "Lin et al., Microsoft COCO: common objects in context, ECCV 2014",
-        "https://cocodataset.org/#termsofuse; annotations CC BY 4.0, pictures under the terms of Flickr",
+        "see https://cocodataset.org/#termsofuse",
     ),
     "voc": Origin(
         "Pascal VOC 2012",
         "Everingham et al., The Pascal visual object classes challenge: a retrospective, IJCV 2015",
-        "http://host.robots.ox.ac.uk/pascal/VOC; pictures under the terms of Flickr",
+        "see http://host.robots.ox.ac.uk/pascal/VOC",
     ),
     "clevrtex": Origin(
         "ClevrTex",
         "Karazija et al., ClevrTex: a texture-rich benchmark for unsupervised multi-object segmentation, NeurIPS 2021",
-        "https://www.robots.ox.ac.uk/~vgg/data/clevrtex",
+        "see https://www.robots.ox.ac.uk/~vgg/data/clevrtex",
     ),
     "physics": Origin("slotstream-physics: simulated clips", "Slotstream", OWN),
     "synthetic": Origin("Generated clips of textured shapes", "Slotstream", OWN),

@@ -31,6 +31,11 @@ def unknown_name(what: str, value: str, known: Iterable[str], remedy: str = "") 
     return ConfigError(f"{what}={value!r} is not known; choose one of {', '.join(ordered)}{hint}{remedy and ' ' + remedy}")
 
 
+def unknown_key(what: str, key: str, split: str, root: object) -> DataError:
+    """An error for a key that a source's split does not have. `what` is one of the things that keys name: video, picture."""
+    return DataError(f"{what} key={key!r}; split {split} of {root} has no such {what}; take keys from keys({split!r})")
+
+
 def check_choice(key: str, value: str, known: Iterable[str]) -> None:
     """Raise ConfigError unless `value` is one of `known`."""
     known = list(known)

@@ -11,7 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import astuple
 from typing import NamedTuple
 
@@ -75,6 +75,7 @@ class ClipLoader:
         self._next_position = position
         self._pending: deque[_Pending] = deque()
         self._pool = ThreadPoolExecutor(config.read_threads, thread_name_prefix="read")
+        self._lock, self._closed = threading.Lock(), False  # close() may come from another thread while this one reads on
         pinned = torch.cuda.is_available()
         self._input: ClipInput = INPUTS[config.input](config, self.dataset)
         frame, shape = self._input.layout(self.dataset, self.mixture.frame_sizes)
@@ -150,7 +151,7 @@ class ClipLoader:
         pending = self._pending.popleft()
         began = time.perf_counter()
         # Every read is awaited before one of them may raise: none may still write into a batch that is given up.
-        errors = [error for read in pending.reads if (error := read.exception()) is not None]
+        errors = [error for read in pending.reads if (error := self._error_of(read)) is not None]
         self.wait_seconds += time.perf_counter() - began
         if errors:
             raise errors[0]
@@ -161,6 +162,8 @@ class ClipLoader:
 
     def close(self) -> None:
         """Stop reading; returns when no thread runs any more."""
+        with self._lock:
+            self._closed = True
         self.mixture.close()  # first: a read may be waiting for a server, and this ends the wait
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._pending.clear()
@@ -184,12 +187,24 @@ class ClipLoader:
         rows = features.numpy()
         count, threads = len(self._mine), self.config.read_threads
         cuts = [slice(count * part // threads, count * (part + 1) // threads) for part in range(threads)]
-        reads = [
-            self._pool.submit(self._read_clips, Places(*(axis[cut] for axis in places)), rows[cut])
-            for cut in cuts
-            if cut.stop > cut.start
-        ]
+        with self._lock:
+            if self._closed:
+                raise self._closed_error()
+            reads = [
+                self._pool.submit(self._read_clips, Places(*(axis[cut] for axis in places)), rows[cut])
+                for cut in cuts
+                if cut.stop > cut.start
+            ]
         return _Pending(position, features, reads, self._num_real)
+
+    def _error_of(self, read: Future[list[_Clip]]) -> BaseException | None:
+        try:
+            return read.exception()
+        except CancelledError:
+            return self._closed_error()
+
+    def _closed_error(self) -> FetchError:
+        return FetchError(f"{self.dataset.folder}: nothing is read any more, because the reader was closed")
 
     def _read_clips(self, places: Places, rows: np.ndarray) -> list[_Clip]:
         draws = Draws()

@@ -41,9 +41,10 @@ def build_online(config: RunConfig, device: torch.device) -> OnlineFeatures | No
 
 
 class Made(NamedTuple):
-    """How the features that the model reads are made. `by` begins a sentence about them."""
+    """How the features that the model reads are made. `by` begins a sentence about them, `remedy` one that asks for others."""
 
     by: str
+    remedy: str
     extractor: str
     width: int
     grid: list[int]
@@ -53,9 +54,10 @@ class Made(NamedTuple):
     def of(dataset: ShardDataset, online: OnlineFeatures | None) -> Made:
         if online is None:
             stored, grid = dataset.index.features, list(dataset.index.grid)
-            return Made(f"{dataset.folder} holds", stored["extractor"], stored["width"], grid, stored["fingerprint"])
-        extractor = online.extractor
-        return Made("data.input=frames makes", extractor.name, extractor.width, list(online.grid), extractor.fingerprint)
+            by, remedy = f"{dataset.folder} holds", "build these shards"
+            return Made(by, remedy, stored["extractor"], stored["width"], grid, stored["fingerprint"])
+        made, by, remedy = online.extractor, "data.input=frames makes", "set data.online.weights to a file"
+        return Made(by, remedy, made.name, made.width, list(online.grid), made.fingerprint)
 
 
 def build_clip_loader(config: RunConfig, world: World, position: int, online: OnlineFeatures | None = None) -> ClipLoader:
@@ -100,10 +102,9 @@ def check_extractor(made: Made, fingerprint: str) -> None:
     """Weights know the features of one extractor; others of the same width would be read without an error."""
     there = made.fingerprint
     if fingerprint and there != fingerprint:
-        remedy = "build these shards" if "holds" in made.by else "set data.online.weights to a file"
         raise ConfigError(
             f"{made.by} features with fingerprint {there[:12]}, the run was trained on {fingerprint[:12]}; "
-            f"both must come from one extractor; {remedy} with the run's weights or projection"
+            f"both must come from one extractor; {made.remedy} with the run's weights or projection"
         )
 
 

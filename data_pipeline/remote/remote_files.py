@@ -132,8 +132,9 @@ class CachedFiles(_RemoteFiles):
         with self._lock:
             queued = [shard for shard in missing if shard not in self._held and shard not in self._queued]
             self._queued.update(queued)
-        for shard in queued:
-            self._pool.submit(self._fetch_ahead, shard)
+            if not self._stop.is_set():  # the pool takes nothing more
+                for shard in queued:
+                    self._pool.submit(self._fetch_ahead, shard)
 
     def mend(self, shard: int) -> bool:
         """Drop a shard that no longer has the bytes that were verified; True: it is fetched anew when it is read again.
@@ -150,7 +151,8 @@ class CachedFiles(_RemoteFiles):
 
     def close(self) -> None:
         """Returns when no thread fetches any more."""
-        self._stop.set()
+        with self._lock:
+            self._stop.set()
         self._pool.shutdown(wait=True, cancel_futures=True)
         with self._lock:
             self._let_go(set(self._held))

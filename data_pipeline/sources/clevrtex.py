@@ -15,7 +15,7 @@ import numpy as np
 
 from data_pipeline.clip import Clip
 from data_pipeline.config import ClevrTexSource
-from data_pipeline.errors import ConfigError, DataError
+from data_pipeline.errors import ConfigError, DataError, unknown_key
 from data_pipeline.sources.davis import decode_png
 
 SPLITS = {"test": (0.0, 0.1), "validation": (0.1, 0.2), "train": (0.2, 1.0)}
@@ -43,9 +43,7 @@ class ClevrTexImages:
 
     def read(self, split: str, key: str) -> Clip:
         if key not in self._split(split):
-            raise DataError(
-                f"picture key={key!r}; split {split} of {self.root} has no such picture; take keys from keys({split!r})"
-            )
+            raise unknown_key("picture", key, split, self.root)
         path = self._split(split)[key]
         masks_at = path.with_name(f"{path.stem}_flat.png")
         frame, ids = decode_png(path, ("RGB", "RGBA"))[..., :3], decode_png(masks_at, ("P", "L", "I;16"))

@@ -16,7 +16,7 @@ import numpy as np
 
 from data_pipeline.clip import Clip
 from data_pipeline.config import CocoSource
-from data_pipeline.errors import ConfigError, DataError
+from data_pipeline.errors import ConfigError, DataError, unknown_key
 from data_pipeline.sources.ytvis import draw_ids, read_frames
 
 SPLITS = {"train": "train2017", "validation": "val2017"}
@@ -63,7 +63,7 @@ class CocoImages:
     def read(self, split: str, key: str) -> Clip:
         pictures = self._split(split)
         if key not in pictures:
-            raise DataError(f"image key={key!r}; split {split} of {self.root} has no such image; take keys from keys({split!r})")
+            raise unknown_key("image", key, split, self.root)
         picture = pictures[key]
         path = self.root / SPLITS[split] / picture.file_name
         frames = read_frames([path])

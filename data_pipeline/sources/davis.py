@@ -15,7 +15,7 @@ from PIL import Image
 
 from data_pipeline.clip import Clip
 from data_pipeline.config import DavisSource
-from data_pipeline.errors import ConfigError, DataError
+from data_pipeline.errors import ConfigError, DataError, unknown_key
 from data_pipeline.sources.ytvis import Video, read_frames, unique_keys
 
 FRAMES, LISTS = "JPEGImages/480p", "ImageSets/2017"
@@ -41,7 +41,7 @@ class DavisVideos:
 
     def read(self, split: str, key: str) -> Clip:
         if key not in self._split(split):
-            raise DataError(f"video key={key!r}; split {split} of {self.root} has no such video; take keys from keys({split!r})")
+            raise unknown_key("video", key, split, self.root)
         name = self._split(split)[key].name
         base = find_davis(self.root)
         frame_files = _files(base / FRAMES / name, "jpg", "copy the video again")

@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 
 from data_pipeline.clip import Clip
 from data_pipeline.config import ImagesSource
-from data_pipeline.errors import ConfigError, DataError
+from data_pipeline.errors import ConfigError, DataError, unknown_key
 from data_pipeline.sources.folder import list_files, safe_keys, split_of
 
 ENDINGS = ("jpg", "jpeg", "png", "webp", "bmp")
@@ -43,9 +43,7 @@ class Images:
 
     def read(self, split: str, key: str) -> Clip:
         if key not in self._split(split):
-            raise DataError(
-                f"key={key!r}; split {split} of {self.root} has no such picture or video; take keys from keys({split!r})"
-            )
+            raise unknown_key("picture or video", key, split, self.root)
         files = self._all()[key][:: self.config.frame_stride][: self.config.max_frames]
         frames = [read_picture(self.root / file) for file in files]
         for file, frame in zip(files, frames, strict=True):

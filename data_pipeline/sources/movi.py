@@ -17,7 +17,7 @@ from PIL import Image
 
 from data_pipeline.clip import Clip
 from data_pipeline.config import MoviSource
-from data_pipeline.errors import ConfigError, DataError
+from data_pipeline.errors import ConfigError, DataError, unknown_key
 from data_pipeline.sources.tfrecord import Feature, Record, index_records, parse_example, read_record
 
 INFO, FEATURES = "dataset_info.json", "features.json"
@@ -74,7 +74,7 @@ class MoviVideos:
             if shard < len(wanted.files) and number < wanted.lengths[shard]:
                 path = wanted.files[shard]
                 return self._records_of(path, wanted.lengths[shard])[number], path
-        raise DataError(f"video key={key!r}; split {split} of {self.root} has no such record; take keys from keys({split!r})")
+        raise unknown_key("record", key, split, self.root)
 
     def _records_of(self, path: Path, expected: int) -> list[Record]:
         """The file's records, found once for each file."""

@@ -21,7 +21,7 @@ import numpy as np
 
 from data_pipeline.clip import KEY_PATTERN, Clip
 from data_pipeline.config import OfficialShardsSource
-from data_pipeline.errors import ConfigError, DataError
+from data_pipeline.errors import ConfigError, DataError, unknown_key
 from data_pipeline.sources.tar_members import Member, index_tar, read_member
 
 SHARD_NAME = re.compile(r"(?P<dataset>.+)-(?P<split>train|validation|val)-(?P<number>\d+)\.tar")
@@ -68,9 +68,7 @@ class OfficialShards:
 
     def read(self, split: str, key: str) -> Clip:
         if key not in self._split(split):
-            raise DataError(
-                f"sample key={key!r}; split {split} of {self.root} has no such sample; take keys from keys({split!r})"
-            )
+            raise unknown_key("sample", key, split, self.root)
         path, member, mask_member = self._split(split)[key]
         frames = _frames(path, member)
         if mask_member is None:

@@ -17,7 +17,7 @@ import numpy as np
 
 from data_pipeline.clip import Clip
 from data_pipeline.config import VideoFilesSource
-from data_pipeline.errors import ConfigError, DataError
+from data_pipeline.errors import ConfigError, DataError, unknown_key
 from data_pipeline.sources.folder import list_files, safe_keys, split_of
 
 ENDINGS = ("mp4", "mov", "mkv", "webm", "avi")
@@ -81,7 +81,7 @@ class VideoFiles:
             file, _, digits = key.rpartition("-")
             number = int(digits) if digits.isascii() and digits.isdigit() and len(digits) < 10 else -1
         if file not in self._split(split) or number < 0:
-            raise DataError(f"video key={key!r}; split {split} of {self.root} has no such video; take keys from keys({split!r})")
+            raise unknown_key("video", key, split, self.root)
         return file, number
 
     def _pieces(self, file: str) -> list[str]:

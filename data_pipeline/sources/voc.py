@@ -12,7 +12,7 @@ import numpy as np
 
 from data_pipeline.clip import Clip
 from data_pipeline.config import VocSource
-from data_pipeline.errors import ConfigError, DataError
+from data_pipeline.errors import ConfigError, DataError, unknown_key
 from data_pipeline.sources.davis import VOID, read_list, read_masks
 from data_pipeline.sources.ytvis import Video, read_frames
 
@@ -37,9 +37,7 @@ class VocImages:
 
     def read(self, split: str, key: str) -> Clip:
         if key not in self._split(split):
-            raise DataError(
-                f"picture key={key!r}; split {split} of {self.root} has no such picture; take keys from keys({split!r})"
-            )
+            raise unknown_key("picture", key, split, self.root)
         name, base = self._split(split)[key].name, find_voc(self.root)
         frames = read_frames([base / FRAMES / f"{name}.jpg"])
         if self.lists[split] == "trainaug":  # SBD has masks of classes, not of objects, for most of these

@@ -19,7 +19,7 @@ from PIL import Image
 
 from data_pipeline.clip import Clip
 from data_pipeline.config import YtvisSource
-from data_pipeline.errors import ConfigError, DataError
+from data_pipeline.errors import ConfigError, DataError, unknown_key
 
 # (annotations, frames) below root: a split's own folder, the 2021 archive, the 2019 archive, OVIS
 LAYOUTS = (
@@ -67,7 +67,7 @@ class YtvisVideos:
 
     def read(self, split: str, key: str) -> Clip:
         if key not in self.keys(split):
-            raise DataError(f"video key={key!r}; split {split} of {self.root} has no such video; take keys from keys({split!r})")
+            raise unknown_key("video", key, split, self.root)
         video = self._all()[key]
         annotation_file, folder = find_layout(self.root)
         frames = read_frames([folder / name for name in video.file_names])
