@@ -53,6 +53,7 @@ def test_chunk_sizes_are_those_of_the_kernels():
 
 
 BASE = sizes()
+SUPPLY = scaling.Supply(codec="int8", disk=1e9)
 
 
 @settings(max_examples=40, deadline=None)
@@ -122,8 +123,29 @@ def test_communication():
     four = sizes("optim.global_batch=8", "parallel.zero_stage=0", ranks=4)
     numbers = sum(parameters(four).values())
     sent = traffic.communication(four)
-    assert sent == {"gradients": pytest.approx(2 * 4 * numbers * 3 / 4), "weights": 0.0, "slots": 4 * 2 * 4 * 11 * 64 * 3}
+    assert sent == {
+        "gradients": pytest.approx(2 * 4 * numbers * 3 / 4),
+        "weights": 0.0,
+        "slots": 4 * 2 * 4 * 11 * 64 * 3,
+        "patch sums": 0.0,
+    }
     assert traffic.communication(sizes("objective.slot_contrast.scope=rank", ranks=4))["slots"] == 0
+
+
+def test_ranks_that_share_patches():
+    words = ("model.grid=[9,8]", "optim.global_batch=8")
+    alone, shared = sizes(*words, ranks=2), sizes(*words, "parallel.patch_ranks=4", ranks=8)
+    assert (shared.clips, shared.patches, shared.data_world) == (alone.clips, 3 * 8, 2)
+    assert parameters(shared) == parameters(alone)
+    assert held(shared, "keys, values and their input") == held(alone, "keys, values and their input") // 3  # 3 of 9 rows at most
+    assert held(shared, "prefetch queue on the host") == held(alone, "prefetch queue on the host")  # whole frames are read
+    assert traffic.node_bytes(shared, "int8") == 4 * traffic.node_bytes(alone, "int8")
+    sent = traffic.communication(shared)
+    assert sent["slots"] == traffic.communication(alone)["slots"] and traffic.communication(alone)["patch sums"] == 0
+    assert sent["patch sums"] == 4 * shared.clips * shared.iterations * 11 * 65 * 2 * 2 * 3 / 4
+    assert all(world % 4 == 0 for world, _ in scaling.binding(shared.run, shared.layout, rates.RATES["h200"], SUPPLY))
+    with pytest.raises(ConfigError, match=r"patch_ranks=4 does not divide the 6 ranks"):
+        sizes(*words, "parallel.patch_ranks=4", ranks=6)
 
 
 def test_bytes_of_a_frame():
@@ -144,8 +166,7 @@ def test_dataset_is_what_the_shards_say(tmp_path):
 
 
 def test_more_ranks_take_less_time_until_something_binds():
-    supply = scaling.Supply(codec="int8", disk=1e9)
-    times = [scaling.step_time(sizes(ranks=ranks, gpu=True), rates.RATES["h200"], supply) for ranks in (1, 4, 16)]
+    times = [scaling.step_time(sizes(ranks=ranks, gpu=True), rates.RATES["h200"], SUPPLY) for ranks in (1, 4, 16)]
     assert times[0].compute > times[1].compute > times[2].compute
     assert times[0].communication == 0 < times[1].communication
     assert times[0].data == pytest.approx(times[2].data)  # of one node, however many ranks share it

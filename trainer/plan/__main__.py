@@ -177,7 +177,12 @@ def _order(sizes: Sizes, dataset: Dataset | None) -> list[str]:
     if dataset is None or not dataset.source.endswith(".json"):
         return []
     run, layout = sizes.run, sizes.layout
-    flags = {"global-batch": run.optim.global_batch, "ranks": layout.world, "nodes": layout.nodes, "seed": run.seed}
+    flags = {
+        "global-batch": run.optim.global_batch,
+        "ranks": layout.world // run.parallel.patch_ranks,
+        "nodes": layout.nodes,
+        "seed": run.seed,
+    }
     flags |= {"clip-len": run.data.clip_len, "lanes": run.data.lanes, "block-shards": run.data.block_shards}
     words = [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
     command = [sys.executable, "-m", "data_pipeline.plan", run.data.root, *words]

@@ -77,8 +77,9 @@ def _features(sizes: Sizes, stored_bytes: float) -> list[Holding]:
     """Features as stored, on the host for the steps read ahead, on the device for this one, and as the model reads them."""
     numbers = sizes.tokens * sizes.width
     step_bytes = int(numbers * sizes.micro_batches * stored_bytes)
+    read = int(sizes.frames * sizes.whole_frame * sizes.width * sizes.micro_batches * stored_bytes)  # of which a band goes on
     return [
-        Holding("prefetch queue on the host", step_bytes * (sizes.run.data.prefetch_steps + 1), step=False, host=True),
+        Holding("prefetch queue on the host", read * (sizes.run.data.prefetch_steps + 1), step=False, host=True),
         Holding("features as stored", step_bytes, step=False),
         Holding("features decoded to float32", 0 if stored_bytes == FLOAT else numbers * FLOAT, BEFORE_UPDATE),
     ]

@@ -51,7 +51,7 @@ def _data(plan: dict[str, Any]) -> list[str]:
     lines = ["features per node, at this step time"]
     for one in plan["features"]:
         mark = " <- this plan" if one["codec"] == plan["codec"] else ""
-        what = "frames, features online" if one["codec"] == "frames" else f"precomputed, {one['codec']}"
+        what = "frames (raw), features online" if one["codec"] == "frames" else f"precomputed, {one['codec']}"
         stored = "" if one["storage_bytes"] is None else f"  dataset {size(one['storage_bytes'])}"
         lines.append(f"  {what:<30}{size(one['frame_bytes']):>12} a frame {size(one['bytes_per_s']):>12}/s{stored}{mark}")
     lines.append(f"  dataset: {plan['dataset']}")

@@ -80,7 +80,12 @@ def layouts(ranks_per_node: int, gpu: bool) -> list[Layout]:
 
 def binding(run: RunConfig, layout: Layout, rates: Rates, supply: Supply) -> list[tuple[int, str]]:
     """What binds at each world size that the global batch allows, nodes being filled one after the other."""
-    allowed = [one for one in layouts(layout.ranks_per_node, layout.gpu) if one.world <= run.optim.global_batch]
+    sharing = run.parallel.patch_ranks
+    allowed = [
+        one
+        for one in layouts(layout.ranks_per_node, layout.gpu)
+        if one.ranks_per_node % sharing == 0 and one.world // sharing <= run.optim.global_batch
+    ]
     return [(one.world, step_time(sizes_of(run, one), rates, supply).binds) for one in allowed]
 
 

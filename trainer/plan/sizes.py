@@ -38,7 +38,7 @@ class Sizes:
     slots: int  # S
     dim: int  # D
     width: int  # E
-    patches: int  # P
+    patches: int  # P of this rank: all of a frame, or its band where ranks share them
     hidden: tuple[int, ...]  # of the decoder
     half: bool  # wide products in bf16
 
@@ -49,6 +49,16 @@ class Sizes:
     @property
     def frames(self) -> int:
         return self.clips * self.clip_len
+
+    @property
+    def whole_frame(self) -> int:
+        """Patches of a frame over all ranks that share it."""
+        return self.run.model.grid[0] * self.run.model.grid[1]
+
+    @property
+    def data_world(self) -> int:
+        """Ranks, or groups of ranks that share patches, with clips of their own."""
+        return self.layout.world // self.run.parallel.patch_ranks
 
     @property
     def tokens(self) -> int:
@@ -106,14 +116,20 @@ class Sizes:
 
 
 def sizes_of(run: RunConfig, layout: Layout) -> Sizes:
-    """Raises ConfigError where the global batch has no clip for some rank."""
+    """Raises ConfigError where the global batch has no clip for some rank, or ranks cannot share patches as asked."""
     model, parallel = run.model, run.parallel
-    if run.optim.global_batch < layout.world:
+    if layout.ranks_per_node % parallel.patch_ranks:
+        raise ConfigError(
+            f"parallel.patch_ranks={parallel.patch_ranks} does not divide the {layout.ranks_per_node} ranks of a node; "
+            "neighbouring ranks of a node share a clip's patches; change one of them"
+        )
+    data_world = layout.world // parallel.patch_ranks
+    if run.optim.global_batch < data_world:
         raise ConfigError(
             f"optim.global_batch={run.optim.global_batch} for {layout.world} ranks; every rank needs a clip; "
             "raise optim.global_batch or take fewer nodes"
         )
-    per_rank = -(-run.optim.global_batch // layout.world)
+    per_rank = -(-run.optim.global_batch // data_world)
     return Sizes(
         run=run,
         layout=layout,
@@ -121,7 +137,7 @@ def sizes_of(run: RunConfig, layout: Layout) -> Sizes:
         slots=model.num_slots,
         dim=model.slot_dim,
         width=model.feature_dim,
-        patches=model.grid[0] * model.grid[1],
+        patches=-(-model.grid[0] // parallel.patch_ranks) * model.grid[1],
         hidden=tuple(model.decoder_hidden),
         half=parallel.precision == "bf16" or (parallel.precision == "auto" and layout.gpu),
     )
@@ -139,5 +155,5 @@ def parameters(sizes: Sizes) -> dict[str, int]:
         "slot attention": 2 * norm + 3 * square + (6 * square + 6 * dim) + mlp,
         "predictor": norm + (3 * square + 3 * dim) + (square + dim) + mlp,
         "projectors": (width + dim) * dim if sizes.run.model.projectors else 0,
-        "decoder": sizes.patches * dim + sum(a * b + b for a, b in zip(layers[:-1], layers[1:], strict=True)),
+        "decoder": sizes.whole_frame * dim + sum(a * b + b for a, b in zip(layers[:-1], layers[1:], strict=True)),
     }

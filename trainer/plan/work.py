@@ -131,7 +131,7 @@ def ranking(sizes: Sizes) -> Work:
 
 def backbone(sizes: Sizes) -> Work:
     """Forward of a ViT whose width is E: what online features cost."""
-    tokens, width = sizes.patches + 1, sizes.width
+    tokens, width = sizes.whole_frame + 1, sizes.width  # also where ranks share patches: it sees whole frames
     depth = VIT_DEPTH.get(width, 12)
     flop = sizes.frames * depth * (24 * tokens * width**2 + 4 * tokens**2 * width)
     return Work(flop, sizes.wide_bytes * sizes.frames * tokens * width * depth * 24, 12 * depth)
