@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 from collections.abc import Iterator
 
@@ -11,10 +10,7 @@ import pytest
 from cluster.processes import processes_with
 from tests.integration.slurm_cluster import SlurmCluster, SlurmFault, parse_fields, require_slurm
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif("SLOTSTREAM_SLURM_TESTS" not in os.environ, reason="slurm: SLOTSTREAM_SLURM_TESTS=1 runs these, as root"),
-]
+pytestmark = pytest.mark.slow
 
 # Says which attempt it is, then waits for a signal in a step: what a training job looks like from outside.
 WAITS = """#!/bin/bash
