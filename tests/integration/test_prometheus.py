@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from cluster.monitoring import dashboards
 from tests.integration.tiny_run import arguments, make_shards
 from trainer.observe.prometheus import Exporter, StepStats
 
@@ -54,9 +55,15 @@ def exposition() -> Iterator[str]:
 def test_dashboards_ask_only_for_metrics_that_a_rank_serves(dashboard: Path, exposition: str) -> None:
     served = set(re.findall(r"^(slotstream_\w+)", exposition, re.MULTILINE))
     texts = [expr for _, expr in expressions(dashboard)]
-    texts += [item["definition"] for item in json.loads(dashboard.read_text())["templating"]["list"]]
+    texts += [item["query"]["query"] for item in json.loads(dashboard.read_text())["templating"]["list"]]
     asked = {name for text in texts for name in re.findall(r"slotstream_\w+", text)}
     assert asked and not asked - served
+
+
+def test_dashboards_are_those_of_the_code() -> None:
+    pytest.importorskip("grafana_foundation_sdk", reason="there is none for Python 3.10")
+    assert {path.stem for path in DASHBOARDS} == set(dashboards.DASHBOARDS)
+    assert dashboards.main(["--check"]) == 0, "run python -m cluster.monitoring.dashboards"
 
 
 @pytest.mark.parametrize("dashboard", DASHBOARDS, ids=lambda path: path.stem)
