@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.build_jobs import Maker, Progress, check_skipped, choose_device, run_jobs
+from data_pipeline.build_metrics import BuildMetrics
 from data_pipeline.build_plan import Job, Split, announce, check_grid, estimate, plan
 from data_pipeline.build_ranks import FolderLock, Place, Stopped, Team, join
 from data_pipeline.build_settings import (
@@ -40,6 +41,11 @@ from data_pipeline.views import parse_view
 REQUEUE = 75  # exit code: stopped when asked to; run again to go on
 NETWORK_FILES_S = 90.0  # how long a machine may go on seeing an older list of a network folder's files
 SHOWN_SKIPS = 20
+EXPORTED = {
+    "shards": "finished shards",
+    "written_bytes": "bytes of finished shards",
+    "skipped": "skipped videos",
+}  # sums of all ranks
 
 HELP = """\
 usage: python -m data_pipeline.build [--dry-run] [source=NAME] [features=NAME] out=FOLDER [root=FOLDER] [key=value ...]
@@ -67,6 +73,8 @@ On several machines: python cluster/launch.py --nodes N build-shards source=NAME
   max_skip_fraction=0.0    share of unreadable videos that may be left out
   overwrite=false          true: start anew although there is something in out
   check_space=true         false: begin although the shards seem not to fit on the disk
+  targets_dir=FOLDER       a folder that Prometheus watches: the build is listed there while it works
+  metrics_address=ADDRESS  interface that its metrics are served on (default: loopback)
   source.KEY=VALUE, features.KEY=VALUE   settings of the dataset and of the extractor
 Exit code: 0 done, 75 stopped when asked to (run it again to go on), 130 Ctrl-C, 2 a mistake, 1 another rank's failure.
 """
@@ -136,11 +144,12 @@ def build(config: BuildConfig, place: Place | None = None) -> None:
     with team.ending_together():
         source, extractor, keys = _open(config)
         out = _make_folder(config.out)
-        with FolderLock(out) as lock:
+        shown = BuildMetrics(config, team.place.world_size) if team.leads else contextlib.nullcontext()
+        with FolderLock(out) as lock, shown as metrics:
             settings = _prepare(config, source, extractor, keys, out, lock, team)
             maker = Maker(config, source, extractor, statistics_of(settings, extractor.width))
             splits = [plan(config, settings, split, keys[split], out) for split in config.splits]
-            _build_splits(maker, splits, team, began)
+            _build_splits(maker, splits, team, metrics, began)
 
 
 def _open(config: BuildConfig) -> tuple[Any, Any, dict[str, list[str]]]:
@@ -187,19 +196,21 @@ def _prepare(
     return settings
 
 
-def _build_splits(maker: Maker, splits: list[Split], team: Team, began: float) -> None:
+def _build_splits(maker: Maker, splits: list[Split], team: Team, metrics: BuildMetrics | None, began: float) -> None:
     jobs = [job for split in splits for job in split.jobs]
     finished, todo = _find_finished(splits, jobs, team)
     kept = len(finished)
     for job, sidecar in finished.items():
-        _count_skipped(maker.config, job, sidecar, team)
-    working = time.monotonic()
-    with progress_line(sum(len(job.keys) for job in todo)) if team.leads else contextlib.nullcontext(_show_nothing) as show:
-        shared = _SharedProgress(team, show)
+        _count_finished(maker.config, job, sidecar, team)
+    working, wanted = time.monotonic(), sum(len(job.keys) for job in todo)
+    if metrics is not None:
+        metrics.begin(wanted, len(jobs))
+    with progress_line(wanted) if team.leads else contextlib.nullcontext(_show_nothing) as show:
+        shared = _SharedProgress(team, show, metrics)
         with contextlib.closing(run_jobs(maker, todo, team, shared.tick)) as running:
             for job, sidecar in running:
                 finished[job] = sidecar
-                _count_skipped(maker.config, job, sidecar, team)
+                _count_finished(maker.config, job, sidecar, team)
         team.add("done", 1)
         if not team.leads:
             return
@@ -217,11 +228,11 @@ def _build_splits(maker: Maker, splits: list[Split], team: Team, began: float) -
 
 
 class _SharedProgress:
-    """Adds this rank's progress to that of all ranks, and shows the sum."""
+    """Adds this rank's progress to that of all ranks, and shows the sum; `metrics`, on rank 0, exports it."""
 
-    def __init__(self, team: Team, show: Show) -> None:
+    def __init__(self, team: Team, show: Show, metrics: BuildMetrics | None) -> None:
         self.videos = self.frames = 0
-        self._team, self._show = team, show
+        self._team, self._show, self._metrics = team, show, metrics
         self._own = (0, 0)
 
     def tick(self, progress: Progress) -> None:
@@ -234,6 +245,9 @@ class _SharedProgress:
     def refresh(self, videos: int = 0, frames: int = 0) -> None:
         self.videos, self.frames = self._team.add("videos", videos), self._team.add("frames", frames)
         self._show(self.videos, self.frames)
+        if self._metrics is not None:
+            more = {short: self._team.add(name, 0) for short, name in EXPORTED.items()}
+            self._metrics.progress(videos=self.videos, frames=self.frames, **more)
 
 
 def _show_nothing(videos: int, frames: int) -> None:
@@ -278,8 +292,11 @@ def _sidecar_of_another_rank(job: Job) -> dict[str, Any]:
         time.sleep(0.5)
 
 
-def _count_skipped(config: BuildConfig, job: Job, sidecar: dict[str, Any], team: Team) -> None:
-    """Add a shard's unreadable videos to those of all ranks. Raises DataError beyond the limit."""
+def _count_finished(config: BuildConfig, job: Job, sidecar: dict[str, Any], team: Team) -> None:
+    """Add a shard, and its unreadable videos, to those of all ranks. Raises DataError beyond the limit."""
+    team.add(EXPORTED["shards"], 1)
+    team.add(EXPORTED["written_bytes"], job.path.stat().st_size if job.path.exists() else 0)
+    team.add(EXPORTED["skipped"], len(sidecar["skipped"]))
     if sidecar["skipped"]:
         count = team.add(f"skipped videos of {job.split}", len(sidecar["skipped"]))
         check_skipped(config, job.split, sidecar["skipped"][0], count, job.num_videos)

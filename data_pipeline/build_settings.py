@@ -31,7 +31,7 @@ PROJECTION_NAME = "projection.safetensors"  # a fitted extractor
 STATISTICS_VIDEOS = 64  # videos at most that the channel statistics come from
 _REMEDY = "set overwrite=true to start anew, or choose another out"
 # What may differ from call to call: it says where and how, not what.
-_FREE = ("out", "splits", "workers", "max_skip_fraction", "overwrite", "check_space")
+_FREE = ("out", "splits", "workers", "max_skip_fraction", "overwrite", "check_space", "metrics_address", "targets_dir")
 _FREE_FEATURES = ("weights", "batch_frames")  # where weights lie does not matter: the fingerprint says which they are
 
 

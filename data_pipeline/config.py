@@ -283,10 +283,13 @@ class BuildConfig:
     max_skip_fraction: float = 0.0  # share of unreadable videos that is counted and left out before the build stops
     overwrite: bool = False  # False: go on with what is there
     check_space: bool = True  # False: begin although the shards seem not to fit on the disk
+    metrics_address: str = "127.0.0.1"  # interface where rank 0 serves the build's progress to Prometheus
+    targets_dir: str | None = None  # a folder that a long-lived Prometheus watches; the build is listed there while it works
 
     def __post_init__(self) -> None:
         check_path("out", self.out)
         check_path("root", self.root)
+        check_path("targets_dir", self.targets_dir)
         check_distinct("splits", self.splits)
         check_at_least("samples_per_shard", self.samples_per_shard, 1)
         check_at_least("workers", self.workers, 0)

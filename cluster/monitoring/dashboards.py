@@ -139,8 +139,48 @@ CLUSTER = [
           help="Newest video mBO of each run.", width=16),
     table("What runs", Query(f"max without (instance, job, rank) ({of('slotstream_run_info', FIRST)})")),
 ]  # fmt: skip
-DASHBOARDS: dict[str, tuple[str, list[Panel]]] = {"run": ("Run", RUN), "cluster": ("Cluster", CLUSTER)}
-VARIABLES = {"run": "", "attempt": '{run=~"$run"}', "node": '{run=~"$run",attempt=~"$attempt"}'}  # each within those before
+BUILD_LEFT = f"({of('slotstream_build_videos_wanted')} - {of('slotstream_build_videos_total')})"
+HITS, MISSES = (f"sum by (node) (rate({of(f'slotstream_shard_{what}_total')}[5m]))" for what in ("hits", "misses"))
+DATA = [
+    stat("Videos written", "short", Query(f"sum({of('slotstream_build_videos_total')})", "written"),
+         Query(f"sum({of('slotstream_build_videos_wanted')})", "of")),
+    stat("Videos per second", "short", Query(f"sum({rate('slotstream_build_videos_total')})", "videos/s")),
+    stat("Ready in", "s", Query(f"max({BUILD_LEFT} / (rate({of('slotstream_build_videos_total')}[5m]) > 0))", "left"),
+         help="Of the build that takes longest, at its speed of the last 5 minutes."),
+    stat("Videos left out", "short", Query(f"sum({of('slotstream_build_skipped_total')})", "left out"),
+         help="Could not be read while shards were built."),
+    stat("Damaged samples", "short", Query(f"sum({of('slotstream_samples_skipped_total')})", "replaced"),
+         help="Met by trainings: replaced by the next sound one."),
+    stat("Damaged shards from servers", "short", Query(f"sum({of('slotstream_shard_corrupt_total')})", "fetched again")),
+    lines("Videos written by build", "short", Query(f"max by (run) ({of('slotstream_build_videos_total')})", "{{run}}"),
+          Query(f"max by (run) ({of('slotstream_build_videos_wanted')})", "{{run}} wanted")),
+    lines("Shards of a build", "short", Query(f"max by (run) ({of('slotstream_build_shards_total')})", "{{run}}"),
+          Query(f"max by (run) ({of('slotstream_build_shards_wanted')})", "{{run}} wanted")),
+    lines("Bytes written per second", "Bps",
+          Query(f"max by (run) ({rate('slotstream_build_written_bytes_total')})", "{{run}}")),
+    lines("Share of shards found in the cache", "percentunit",
+          Query(f"{HITS} / ({HITS} + {MISSES} > 0) or 0 * sum by (node) ({of('up')})", "{{node}}"),
+          help="0 also where nothing comes from a server."),
+    lines("Bytes from servers by node", "Bps",
+          Query(f"sum by (node) ({rate('slotstream_shard_fetched_bytes_total')})", "{{node}}")),
+    lines("Damage met by trainings", "short",
+          Query(f"sum by (run) ({of('slotstream_samples_skipped_total')})", "{{run}} samples"),
+          Query(f"sum by (run) ({of('slotstream_shard_corrupt_total')})", "{{run}} shards")),
+    lines("Batches ready", "short", Query(f"min by (run) ({of('slotstream_data_queue_depth')})", "{{run}}"),
+          help="Of the rank that has fewest; 0 means that it waits."),
+    lines("Waiting for data", "percentunit",
+          Query(f"max by (run) ({rate('slotstream_data_wait_seconds_total')})", "{{run}}"),
+          help="Share of the time in which a run's slowest reader waits for its loader."),
+    lines("Epoch", "short", Query(f"max by (run) ({of('slotstream_data_epoch')})", "{{run}}")),
+    table("What is built", Query(f"max without (instance, job, rank) ({of('slotstream_build_info')})"), width=24),
+]  # fmt: skip
+DASHBOARDS: dict[str, tuple[str, list[Panel]]] = {"run": ("Run", RUN), "cluster": ("Cluster", CLUSTER), "data": ("Data", DATA)}
+# Each within what was chosen before. `up` is there for builds, too.
+VARIABLES = {
+    "run": '{job="slotstream"}',
+    "attempt": '{job="slotstream",run=~"$run"}',
+    "node": '{job="slotstream",run=~"$run",attempt=~"$attempt"}',
+}
 
 
 def render(name: str) -> str:
@@ -153,7 +193,7 @@ def render(name: str) -> str:
     builder = dashboard.Dashboard(title).uid(f"slotstream-{name}").tags(["slotstream"]).readonly().refresh("10s")
     builder = builder.time("now-1h", "now").timezone("browser").tooltip(DashboardCursorSync.CROSSHAIR)
     for label, within in VARIABLES.items():
-        builder = builder.with_variable(_variable(label, f"label_values(slotstream_world_size{within}, {label})"))
+        builder = builder.with_variable(_variable(label, f"label_values(up{within}, {label})"))
     x = y = 0
     for number, panel in enumerate(panels, start=1):
         if x + panel.width > WIDTH:

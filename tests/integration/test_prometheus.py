@@ -1,4 +1,4 @@
-"""A real Prometheus scrapes a real run of two ranks: targets, metrics, and every query of every dashboard."""
+"""A real Prometheus scrapes a real run of two ranks and a real build: targets, metrics, and every query of every dashboard."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ from typing import Any
 import pytest
 
 from cluster.monitoring import dashboards
+from data_pipeline.build_metrics import BuildMetrics
+from data_pipeline.config import BuildConfig, FeaturesConfig, SourceConfig
 from tests.integration.tiny_run import arguments, make_shards
 from trainer.observe.prometheus import Exporter, StepStats
 
@@ -47,7 +49,8 @@ def exposition() -> Iterator[str]:
     exporter.observe_log({"total": 1.0, "ssync_boundary": 0.5}, 0.1, 1e-3)
     exporter.checkpoint_saved(10, 0.1)
     exporter.score({"metric/video_fg_ari": 0.5})
-    yield exporter.exposition().decode()
+    with BuildMetrics(BuildConfig(source=SourceConfig(name="synthetic"), features=FeaturesConfig(), out="shards"), 1) as build:
+        yield exporter.exposition().decode() + build.exposition().decode()
     exporter.close()
 
 
@@ -57,7 +60,7 @@ def test_dashboards_ask_only_for_metrics_that_a_rank_serves(dashboard: Path, exp
     texts = [expr for _, expr in expressions(dashboard)]
     texts += [item["query"]["query"] for item in json.loads(dashboard.read_text())["templating"]["list"]]
     asked = {name for text in texts for name in re.findall(r"slotstream_\w+", text)}
-    assert asked and not asked - served
+    assert asked and not asked - served, "each a metric that a rank or a build serves"
 
 
 def test_dashboards_are_those_of_the_code() -> None:
@@ -155,6 +158,17 @@ def start_run(tmp_path: Path, targets_dir: Path) -> subprocess.Popen:
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "DS_ACCELERATOR": "cpu"})
 
 
+def start_build(tmp_path: Path, targets_dir: Path) -> subprocess.Popen:
+    """A build that goes on until it is told to stop."""
+    words = ["build-shards", "name=shards", f"runs={tmp_path / 'runs'}", f"out={tmp_path / 'shards'}", "features=none",
+             "source=synthetic", "source.num_train=100000", "source.num_validation=1", "source.num_frames=4",
+             "source.image_size=32", f"targets_dir={targets_dir}", "workers=1", "check_space=false",
+             "samples_per_shard=2"]  # fmt: skip
+    command = [sys.executable, str(ROOT / "cluster" / "launch.py"), "--gpus-per-node", "0", *words]
+    with open(tmp_path / "build.log", "w") as log:
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "DS_ACCELERATOR": "cpu"})
+
+
 def wait_until(condition: Callable[[], Any], explain: Callable[[], str]) -> None:
     deadline = time.monotonic() + PATIENCE
     while not condition():
@@ -174,11 +188,12 @@ def test_prometheus_sees_every_rank_of_a_run_until_it_ends(
 ) -> None:
     checked = subprocess.run([binaries[1], "check", "config", str(prometheus.config)], capture_output=True, text=True)
     assert checked.returncode == 0, checked.stdout + checked.stderr
-    run = start_run(tmp_path, prometheus.targets)
+    run, build = start_run(tmp_path, prometheus.targets), start_build(tmp_path, prometheus.targets)
     try:
-        told = lambda: (tmp_path / "launcher.log").read_text()  # noqa: E731
-        wait_until(lambda: run.poll() is not None or sum(t["health"] == "up" for t in prometheus.active()) == RANKS, told)
-        assert run.poll() is None, told()
+        told = lambda: (tmp_path / "launcher.log").read_text() + (tmp_path / "build.log").read_text()  # noqa: E731
+        ended = lambda: run.poll() is not None or build.poll() is not None  # noqa: E731
+        wait_until(lambda: ended() or sum(t["health"] == "up" for t in prometheus.active()) == RANKS + 1, told)
+        assert not ended(), told()
         _check_targets(prometheus.active())
         _check_metrics(prometheus.active(), binaries[1])
         for dashboard in DASHBOARDS:
@@ -186,21 +201,24 @@ def test_prometheus_sees_every_rank_of_a_run_until_it_ends(
                 missing = f"no data in {title!r}: {expression}"
                 wait_until(lambda e=expression: prometheus.query(concrete(e)), lambda m=missing: m)
         assert {item["metric"]["rank"] for item in prometheus.query("rate(slotstream_steps_total[5s]) > 0")} == {"0", "1"}
-        assert {"watched"} == set(prometheus.get("label/run/values"))
+        assert {"watched", "shards"} == set(prometheus.get("label/run/values"))
         run.send_signal(signal.SIGTERM)
-        assert run.wait(PATIENCE) == 75, told()
+        build.send_signal(signal.SIGTERM)
+        assert run.wait(PATIENCE) == build.wait(PATIENCE) == 75, told()
         wait_until(lambda: not prometheus.active(), lambda: f"targets that stay: {prometheus.active()}")
         assert not list(prometheus.targets.iterdir())
     finally:
-        if run.poll() is None:
-            run.kill()
-            run.wait(PATIENCE)
+        for process in (run, build):
+            if process.poll() is None:
+                process.kill()
+                process.wait(PATIENCE)
 
 
 def _check_targets(active: list[dict]) -> None:
     labels = [{key: item["labels"][key] for key in ("run", "attempt", "node", "rank")} for item in active]
     expected = [{"run": "watched", "attempt": "1", "node": f"node{rank}", "rank": str(rank)} for rank in range(RANKS)]
-    assert sorted(labels, key=lambda item: item["rank"]) == expected
+    expected += [{"run": "shards", "attempt": "1", "node": "node0", "rank": "0"}]
+    assert sorted(labels, key=lambda item: (item["run"] == "shards", item["rank"])) == expected
 
 
 def _check_metrics(active: list[dict], promtool: str) -> None:

@@ -101,16 +101,16 @@ def test_one_that_is_stopped_stops_all(
     tmp_path: Path, source: FakeSource, extractor: FakeExtractor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     build(config_for(tmp_path / "whole"))
-    count = build_module._count_skipped
+    count = build_module._count_finished
 
     def stop(*arguments: Any) -> None:
         count(*arguments)
         raise Stopped
 
-    monkeypatch.setattr(build_module, "_count_skipped", stop)
+    monkeypatch.setattr(build_module, "_count_finished", stop)
     ends = build_in_ranks(monkeypatch, 3, lambda rank: config_for(tmp_path / "out"))
     assert {type(end) for end in ends} == {Stopped}
-    monkeypatch.setattr(build_module, "_count_skipped", count)
+    monkeypatch.setattr(build_module, "_count_finished", count)
     assert build_in_ranks(monkeypatch, 1, lambda rank: config_for(tmp_path / "out")) == [None]
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 

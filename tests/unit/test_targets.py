@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from trainer.observe import targets
+from data_pipeline import targets
 
 
 def groups(count: int = 2) -> list[dict]:

@@ -1,4 +1,4 @@
-"""The files through which a Prometheus finds the ranks of a run (`file_sd`).
+"""The files through which a Prometheus finds the ranks of a run, or a build (`file_sd`).
 
 Comes in: the host:port of every rank. Goes out: `<run>/monitoring/targets.json`, written by rename, and a copy in a folder
 that a long-lived Prometheus watches. A copy, not a link: Prometheus notices changes in the folder it watches, not behind links.
@@ -19,6 +19,15 @@ from data_pipeline.files import write_atomically
 
 STALE_S = 3600.0  # a live run refreshes its file every minute or so; one this old belongs to a run that died unheard
 _PREFIX = "slotstream-"
+SHARED = ".targets"  # beside run folders: `cluster/launch.py monitor` makes it, and all runs there list themselves in it
+
+
+def watched_folder(run_dir: Path, asked: str | None) -> Path | None:
+    """The folder that a long-lived Prometheus watches: the one asked for, else the one of a monitor beside the run folder."""
+    if asked:
+        return Path(asked)
+    beside = run_dir.absolute().parent / SHARED
+    return beside if beside.is_dir() else None
 
 
 def target_group(target: str, *, run: str, attempt: int | str, node: str, rank: int, **more: object) -> dict[str, Any]:
@@ -77,4 +86,15 @@ def clean_stale(directory: Path | str, older_than_s: float = STALE_S) -> list[Pa
     return gone
 
 
-__all__ = ["STALE_S", "clean_stale", "heartbeat", "link_into", "remove", "target_group", "watched_file", "write_targets"]
+__all__ = [
+    "SHARED",
+    "STALE_S",
+    "clean_stale",
+    "heartbeat",
+    "link_into",
+    "remove",
+    "target_group",
+    "watched_file",
+    "watched_folder",
+    "write_targets",
+]

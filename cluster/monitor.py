@@ -1,0 +1,200 @@
+"""`cluster/launch.py monitor`: Prometheus, and Grafana where it is installed, for all runs of a folder. Flags in, exit code out.
+
+Runs of the folder find RUNS/.targets and list themselves there while they live; nothing has to be set. Both servers listen on
+loopback unless told, keep their data under RUNS/.monitoring, and end with this command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+
+from cluster.flags import LaunchError
+from cluster.processes import SignalPipe, die_with_parent, ended
+
+HERE = Path(__file__).resolve().parent / "monitoring"
+TARGETS = ".targets"  # data_pipeline.targets has the same name
+DATA = ".monitoring"
+READY_S = 30.0
+HELP = """Start Prometheus (and Grafana where it is installed) on this machine for all runs of a folder, until Ctrl-C.
+
+Runs of that folder list themselves in RUNS/.targets from then on, those that run already with their next attempt. Alerts, and
+what to do about each: cluster/monitoring/runbook.md. For a Prometheus that a site has already: cluster/monitoring/README.md."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise LaunchError(f"{message}; see monitor --help")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="cluster/launch.py monitor",
+        description=HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--runs", default="runs", metavar="DIR", help="folder of run folders (default: runs)")
+    parser.add_argument("--listen", default="127.0.0.1", metavar="ADDRESS", help="where both servers listen (default: loopback)")
+    parser.add_argument("--port", type=int, default=9090, help="of Prometheus (default 9090)")
+    parser.add_argument("--grafana-port", type=int, default=3000, help="of Grafana (default 3000)")
+    parser.add_argument("--no-grafana", action="store_true", help="Prometheus alone")
+    parser.add_argument("--keep", default="30d", metavar="T", help="how long samples are kept (default 30d)")
+    return parser
+
+
+def main(words: Sequence[str]) -> int:
+    """Run until Ctrl-C or until a server ends. Raises LaunchError."""
+    options = build_parser().parse_args(list(words))
+    prometheus = shutil.which("prometheus")
+    if prometheus is None:
+        raise LaunchError(
+            "prometheus is not installed; monitor starts it; apt-get install prometheus, or see cluster/monitoring/compose.yaml"
+        )
+    runs = Path(os.path.abspath(options.runs))
+    _check_free(options.listen, options.port, "--port")
+    servers = {"Prometheus": (_prometheus(prometheus, options, runs), f"http://{_host(options.listen)}:{options.port}")}
+    grafana = None if options.no_grafana else find_grafana()
+    try:
+        _await_ready(*servers["Prometheus"], "/-/ready", runs / DATA / "prometheus.log")
+        print(f"Prometheus  {servers['Prometheus'][1]}  (alerts: /alerts)", flush=True)
+        if grafana is not None:
+            _check_free(options.listen, options.grafana_port, "--grafana-port")
+            url = f"http://{_host(options.listen)}:{options.grafana_port}"
+            servers["Grafana"] = (_grafana(grafana, options, runs, servers["Prometheus"][1]), url)
+            _await_ready(*servers["Grafana"], "/api/health", runs / DATA / "grafana.log")
+            print(f"Grafana     {url}/dashboards  (folder Slotstream)", flush=True)
+        elif not options.no_grafana:
+            print("Grafana     not installed here; the dashboards are in cluster/monitoring/grafana/dashboards", flush=True)
+        print(f"runs under {runs} are seen from their next attempt on; Ctrl-C ends this", flush=True)
+        return _watch({name: process for name, (process, _) in servers.items()})
+    finally:
+        for process, _ in servers.values():
+            _end(process)
+
+
+def _check_free(address: str, port: int, flag: str) -> None:
+    """Another server on the port would answer in place of ours."""
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((address, port))
+    except (OSError, OverflowError) as error:
+        raise LaunchError(f"{flag} {port} at {address}: {error}; a free port of this machine is needed; choose another") from None
+
+
+def render_config(runs: Path) -> str:
+    """prometheus.yml for one folder of runs: our own, with absolute paths."""
+    text = (HERE / "prometheus.yml").read_text()
+    text = text.replace("- rules/*.yml", f"- {HERE / 'rules' / '*.yml'}")
+    return text.replace("- targets/*.json", f"- {runs / TARGETS / '*.json'}")
+
+
+def find_grafana() -> list[str] | None:
+    """The server's command line and its home where Grafana is installed."""
+    for name, words in (("grafana", ["server"]), ("grafana-server", [])):
+        found = shutil.which(name)
+        if found:
+            return [found, *words]
+    return None
+
+
+def _prometheus(binary: str, options: argparse.Namespace, runs: Path) -> subprocess.Popen[bytes]:
+    try:
+        for folder in (runs / TARGETS, runs / DATA):
+            folder.mkdir(parents=True, exist_ok=True)
+        (runs / DATA / "prometheus.yml").write_text(render_config(runs))
+    except OSError as error:
+        raise LaunchError(
+            f"--runs {options.runs}: {error.strerror} ({error.filename}); it must be a folder we can write"
+        ) from None
+    flags = [
+        f"--config.file={runs / DATA / 'prometheus.yml'}",
+        f"--storage.tsdb.path={runs / DATA / 'prometheus'}",
+        f"--storage.tsdb.retention.time={options.keep}",
+        f"--web.listen-address={_host(options.listen)}:{options.port}",
+    ]
+    return _spawn([binary, *flags], runs / DATA / "prometheus.log", {})
+
+
+def _grafana(words: list[str], options: argparse.Namespace, runs: Path, prometheus: str) -> subprocess.Popen[bytes]:
+    homes = (Path("/usr/share/grafana"), Path(words[0]).resolve().parents[1])
+    home = next((path for path in homes if (path / "public").is_dir()), None)
+    settings = {
+        "SLOTSTREAM_PROMETHEUS_URL": prometheus,
+        "SLOTSTREAM_DASHBOARDS": str(HERE / "grafana" / "dashboards"),
+        "GF_PATHS_PROVISIONING": str(HERE / "grafana" / "provisioning"),
+        "GF_PATHS_DATA": str(runs / DATA / "grafana"),
+        "GF_PATHS_LOGS": str(runs / DATA / "grafana"),
+        "GF_SERVER_HTTP_ADDR": options.listen,
+        "GF_SERVER_HTTP_PORT": str(options.grafana_port),
+        "GF_ANALYTICS_REPORTING_ENABLED": "false",
+        "GF_ANALYTICS_CHECK_FOR_UPDATES": "false",
+    }
+    if options.listen in ("127.0.0.1", "::1", "localhost"):  # whoever reaches loopback may look, and change nothing
+        settings |= {"GF_AUTH_ANONYMOUS_ENABLED": "true", "GF_AUTH_ANONYMOUS_ORG_ROLE": "Viewer"}
+    return _spawn([*words, *(["--homepath", str(home)] if home else [])], runs / DATA / "grafana.log", settings)
+
+
+def _spawn(words: list[str], log: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    with log.open("wb") as output:
+        return subprocess.Popen(
+            words,
+            env={**os.environ, **environment},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # the terminal's Ctrl-C reaches us alone
+            preexec_fn=die_with_parent(),
+        )
+
+
+def _await_ready(process: subprocess.Popen[bytes], url: str, path: str, log: Path) -> None:
+    deadline = time.monotonic() + READY_S
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            break
+        try:
+            with urllib.request.urlopen(url + path, timeout=2):
+                if process.poll() is None:  # not another server on this port
+                    return
+        except (OSError, urllib.error.URLError):
+            time.sleep(0.1)
+    lines = [line for line in log.read_text(errors="replace").splitlines() if "err=" in line or "error" in line.lower()]
+    last = lines[-1][-200:] if lines else "it says nothing"
+    raise LaunchError(f"{Path(log).stem} does not answer at {url}: {last}; see {log}; is the port taken? choose another port")
+
+
+def _watch(servers: dict[str, subprocess.Popen[bytes]]) -> int:
+    signals = SignalPipe((signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD))
+    while True:
+        numbers, _ = signals.wait(1.0)
+        if set(numbers) & {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}:
+            return 0
+        for name, process in servers.items():
+            if ended(process.pid):
+                print(f"{name} has ended with exit code {process.wait()}; see its log", file=sys.stderr, flush=True)
+                return 1
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def _host(address: str) -> str:
+    return f"[{address}]" if ":" in address else address
