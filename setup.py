@@ -10,6 +10,8 @@ from setuptools import find_packages, setup
 S3 = "boto3>=1.34,<2"
 VIDEO = "av>=14,<19"  # PyAV; newer ones are untested
 PHYSICS = "pybullet>=3.2.6,<4"
+TENSORBOARD = "tensorboard>=2.14,<3"
+WANDB = "wandb>=0.16,<1"
 
 setup(
     name="slotstream",
@@ -54,6 +56,9 @@ setup(
         "physics": [PHYSICS],
         # data.root=s3://...
         "s3": [S3],
+        # observe.mirror, trainer.observe.mirror
+        "tensorboard": [TENSORBOARD],
+        "wandb": [WANDB],
         "dev": [
             "pytest>=8",
             "pytest-timeout>=2.3",
@@ -66,6 +71,8 @@ setup(
             # its versions end in Grafana's: the oldest that loads the dashboards
             "grafana-foundation-sdk==1769699698!10.1.0; python_version >= '3.11'",
             S3,
+            TENSORBOARD,
+            WANDB,
             "moto[s3]>=5,<6",  # with flask: a server that boto3 takes for S3
             "flask>=3",
             "flask-cors>=5",
