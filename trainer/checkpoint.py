@@ -1,13 +1,14 @@
 """Checkpoints: written whole or not at all, every file hashed, chosen by a vote of all ranks, nothing unpickled.
 
 checkpoints/step_00001000/{model.safetensors, optimizer.safetensors, state.json, manifest.json}. The manifest holds the sha256
-of the others; a folder without one that verifies is damaged: it is reported, passed over, and never overwritten.
+of the others; a folder without one that verifies is damaged: it is reported, passed over, and never overwritten. This module
+finds, reads and retires them; checkpoint_write.py writes one, checkpoint_saver.py says when.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -15,39 +16,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load as load_tensors
 from torch import Tensor, nn
 
 from data_pipeline.errors import ConfigError, StateError
-from data_pipeline.files import sha256_of, sync, write_atomically
 from trainer import distributed
+from trainer.checkpoint_write import FILES, FORMAT, Saved, folder_name, publish
 from trainer.engine import MOMENTS, AdamState, Engine
+from trainer.probe import difference, require_same_shapes
+from trainer.snapshot import SnapshotTaker
 from trainer.state import TrainState
 
-FORMAT = "slotstream-checkpoint/1"
-HINT = "newest.json"
+__all__ = ["Checkpoint", "candidates", "folder_name", "load_newest", "load_weights", "problem", "read", "retire", "save"]
+
+BLOCK = 1 << 23
+ProbeOf = Callable[[Mapping[str, Tensor]], dict[str, float]]
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A verified checkpoint in memory."""
+    """A verified checkpoint in memory. `probe`: losses that its weights gave when it was written."""
 
     path: Path
     state: TrainState
     weights: Mapping[str, Tensor]
     adam: AdamState
-
-
-@dataclass(frozen=True, slots=True)
-class Saved:
-    path: Path
-    num_bytes: int
-
-
-def folder_name(step: int) -> str:
-    return f"step_{step:08d}"
+    probe: Mapping[str, float]
 
 
 def candidates(root: Path) -> list[Path]:
@@ -60,61 +55,79 @@ def candidates(root: Path) -> list[Path]:
 def problem(path: Path) -> str:
     """Why a checkpoint folder does not verify; "" when it does. Reads every byte."""
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
-        if manifest["format"] != FORMAT:
-            return f"format {manifest['format']!r} is not {FORMAT!r}"
-        for name, entry in manifest["files"].items():
-            file = path / name
-            if not file.is_file():
-                return f"{name} is missing"
-            if file.stat().st_size != entry["bytes"]:
-                return f"{name} has {file.stat().st_size} bytes, the manifest says {entry['bytes']}"
-            if sha256_of(file) != entry["sha256"]:
-                return f"{name} has another sha256 than the manifest says"
+        for name, entry in _manifest(path).items():
+            for _ in _verified_blocks(path / name, entry):
+                pass
         return ""
-    except FileNotFoundError:
-        return "manifest.json is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"manifest.json cannot be read ({type(error).__name__}: {error})"
+    except StateError as error:
+        return str(error)
+
+
+def read(path: Path) -> Checkpoint:
+    """Read a checkpoint. What is read is what was verified: every file is hashed as it comes into memory, once.
+
+    Raises StateError, without the folder's name, when it does not verify.
+    """
+    entries = _manifest(path)
+    try:
+        stored = json.loads(_verified_bytes(path / "state.json", entries["state.json"]))
+        state = TrainState.from_json(stored["train"])
+        weights = load_tensors(_verified_bytes(path / "model.safetensors", entries["model.safetensors"]))
+        moments = load_tensors(_verified_bytes(path / "optimizer.safetensors", entries["optimizer.safetensors"]))
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise StateError(f"hashes verify but its content cannot be read ({type(error).__name__}: {error})") from None
+    if folder_name(state.step) != path.name:
+        raise StateError(f"it holds step {state.step}")
+    parts = {
+        key: {name[len(key) + 1 :]: value for name, value in moments.items() if name.startswith(key + "/")} for key in MOMENTS
+    }
+    adam = AdamState(parts["exp_avg"], parts["exp_avg_sq"], state.step)
+    return Checkpoint(path=path, state=state, weights=weights, adam=adam, probe=stored.get("probe", {}))
 
 
 def save(root: Path, engine: Engine, state: TrainState) -> Saved:
-    """Write a checkpoint. Collective: every rank gathers, rank 0 writes, all learn whether it worked.
+    """Write a checkpoint of an engine and wait for it. Collective. The training loop has a Saver instead.
 
     Raises StateError on every rank when rank 0 could not write or the weights are not finite; what was there before stays.
     """
-    weights = engine.weights()
-    adam = engine.adam_state(state.step)
-    outcome: Any = None
-    if torch.distributed.get_rank() == 0:
+    snapshot = SnapshotTaker(engine).take()
+    outcome: Saved | str | None = None
+    if snapshot is not None:
         try:
-            outcome = _publish(root, weights, adam, state)
-        except OSError as error:
-            outcome = f"{error.strerror or error} ({error.filename or root})"
-        except SafetensorError as error:  # what a full disk is to it
-            outcome = f"{error} ({root})"
-        except StateError as error:
-            outcome = str(error)
+            outcome = publish(root, snapshot, state)
+        except (OSError, StateError) as error:
+            outcome = cannot_write(state.step, root, error)
     outcome = distributed.from_main(outcome)
-    if isinstance(outcome, str):
-        raise StateError(
-            f"checkpoint of step {state.step} could not be written: {outcome}; "
-            "older checkpoints are untouched; free space or mend the folder"
-        )
+    if not isinstance(outcome, Saved):
+        raise StateError(str(outcome))
     return outcome
 
 
-def load_newest(root: Path, report: Callable[[str], None]) -> Checkpoint | None:
-    """The newest checkpoint that every rank could verify; None when there is no candidate at all. Collective.
+def cannot_write(step: int, root: Path, error: Exception) -> str:
+    """One line about a checkpoint that could not be written."""
+    reason = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        reason = f"{error.strerror} ({error.filename or root})"
+    elif not isinstance(error, OSError | StateError):
+        reason = f"{type(error).__name__}: {error}"
+    return (
+        f"checkpoint of step {step} could not be written: {reason}; "
+        "older checkpoints are untouched; free space or mend the folder"
+    )
 
-    Raises StateError when candidates exist and none verifies: starting again from nothing would hide the loss.
+
+def load_newest(root: Path, report: Callable[[str], None], probe: ProbeOf | None = None) -> Checkpoint | None:
+    """The newest checkpoint that every rank could verify, and that gives the losses it was stored with where there is a
+    `probe`; None when there is no candidate at all. Collective.
+
+    Raises StateError when candidates exist and none verifies: starting again from nothing would hide the loss; ConfigError when
+    the probe's model is not the checkpoint's.
     """
-    names = distributed.from_main([path.name for path in candidates(root)])
     refused = []
-    for name in names:
-        reason = problem(root / name)
-        if distributed.agree(not reason):
-            return read(root / name)
+    for name in _names(root):
+        found, reason = _attempt(root / name, probe)
+        if distributed.agree(not reason) and found is not None:
+            return found
         reason = next((text for text in distributed.gather_objects(reason) if text), "")
         refused.append(f"{name}: {reason}")
         report(f"checkpoint {root / name} does not verify: {reason}; trying an older one")
@@ -126,36 +139,12 @@ def load_newest(root: Path, report: Callable[[str], None]) -> Checkpoint | None:
     return None
 
 
-def read(path: Path) -> Checkpoint:
-    """Read a checkpoint that verified."""
-    state = TrainState.from_json(json.loads((path / "state.json").read_text())["train"])
-    try:
-        weights = load_file(path / "model.safetensors")
-        moments = load_file(path / "optimizer.safetensors")
-    except SafetensorError as error:
-        raise StateError(
-            f"{path}: hashes verify but the tensors cannot be read ({error}); it was written damaged; use an older one"
-        ) from None
-    parts = {
-        key: {name[len(key) + 1 :]: value for name, value in moments.items() if name.startswith(key + "/")} for key in MOMENTS
-    }
-    return Checkpoint(path=path, state=state, weights=weights, adam=AdamState(parts["exp_avg"], parts["exp_avg_sq"], state.step))
-
-
 def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Copy a checkpoint's weights into a model of the same shapes.
 
     Raises ConfigError with the first tensor that differs.
     """
-    own = model.state_dict()
-    for name in sorted(own.keys() | checkpoint.weights.keys()):
-        here = list(own[name].shape) if name in own else "absent"
-        there = list(checkpoint.weights[name].shape) if name in checkpoint.weights else "absent"
-        if here != there:
-            raise ConfigError(
-                f"checkpoint {checkpoint.path}: tensor {name} is {there}, the configured model has {here}; "
-                "a run goes on with the model it began with; undo the change to model=..., or choose another name"
-            )
+    require_same_shapes(model, checkpoint.weights, f"checkpoint {checkpoint.path}: ")
     model.load_state_dict(dict(checkpoint.weights))
 
 
@@ -170,65 +159,80 @@ def retire(root: Path, keep: int, trusted: Path, report: Callable[[str], None]) 
         if path > trusted:
             continue
         if good >= keep:
-            if _has_manifest(path):
-                shutil.rmtree(path)
-        elif path == trusted or not problem(path):
+            if (path / "manifest.json").is_file():
+                _remove(path)
+        elif path == trusted or not (reason := problem(path)):
             good += 1
         else:
-            report(f"checkpoint {path} does not verify: {problem(path)}; it is kept and does not count")
+            report(f"checkpoint {path} does not verify: {reason}; it is kept and does not count")
 
 
-def _has_manifest(path: Path) -> bool:
-    return (path / "manifest.json").is_file()
+def _remove(path: Path) -> None:
+    """First out of sight: one that a kill leaves half removed would look damaged. A later save clears what is left."""
+    hidden = path.with_name(f".removing_{path.name}")
+    path.rename(hidden)
+    shutil.rmtree(hidden)
 
 
-def _publish(root: Path, weights: Mapping[str, Tensor], adam: AdamState, state: TrainState) -> Saved:
-    bad = [name for name, value in weights.items() if not bool(torch.isfinite(value).all())]
-    if bad:
-        raise StateError(f"weights are not finite ({bad[0]} and {len(bad) - 1} more tensors); lower optim.lr")
-    root.mkdir(parents=True, exist_ok=True)
-    for stale in root.glob(".writing_*"):
-        shutil.rmtree(stale, ignore_errors=True)
-    folder = root / f".writing_{folder_name(state.step)}_{os.getpid()}"
-    folder.mkdir()
+def _names(root: Path) -> list[str]:
+    """Rank 0's list of candidates on every rank. Collective."""
+    found: list[str] | str = []
+    if distributed.is_main():
+        try:
+            found = [path.name for path in candidates(root)]
+        except OSError as error:
+            found = f"{root} cannot be listed ({error.strerror}); mend the folder"
+    found = distributed.from_main(found)
+    if isinstance(found, str):
+        raise StateError(found)
+    return found
+
+
+def _attempt(path: Path, probe: ProbeOf | None) -> tuple[Checkpoint | None, str]:
+    """The checkpoint, or why it is none, as this rank sees it. Does not raise but for a model of another shape."""
     try:
-        save_file({name: value.contiguous() for name, value in weights.items()}, folder / "model.safetensors")
-        moments = {f"{key}/{name}": value.contiguous() for key in MOMENTS for name, value in getattr(adam, key).items()}
-        save_file(moments, folder / "optimizer.safetensors")
-        (folder / "state.json").write_text(json.dumps({"train": state.to_json()}, indent=1))
-        files = {name: _entry(folder / name) for name in ("model.safetensors", "optimizer.safetensors", "state.json")}
-        manifest = {"format": FORMAT, "step": state.step, "files": files}
-        (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
-        sync(folder / "manifest.json")
-        sync(folder)
-        target = root / folder_name(state.step)
-        if target.exists():
-            _set_aside(target)
-        folder.rename(target)
-        sync(root)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    write_atomically(root / HINT, json.dumps({"step": state.step, "folder": target.name}))
-    return Saved(path=target, num_bytes=sum(entry["bytes"] for entry in files.values()))
+        found = read(path)
+        different = difference(found.probe, probe(found.weights)) if probe is not None and found.probe else ""
+        return (None, different) if different else (found, "")
+    except ConfigError as error:
+        raise ConfigError(f"checkpoint {path}: {error}") from None
+    except StateError as error:
+        return None, str(error)
 
 
-def _set_aside(target: Path) -> None:
-    """Something of that name is there: move it, never overwrite it (a damaged folder that a resume passed over)."""
-    for number in _count():
-        aside = target.with_name(f"{target.name}.set_aside_{number}")
-        if not aside.exists():
-            target.rename(aside)
-            return
+def _manifest(path: Path) -> dict[str, Any]:
+    """Entries of the files that make a checkpoint. Raises StateError."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        if manifest["format"] != FORMAT:
+            raise StateError(f"format {manifest['format']!r} is not {FORMAT!r}")
+        if folder_name(int(manifest["step"])) != path.name:
+            raise StateError(f"manifest.json is that of step {manifest['step']}")
+        return {name: {"bytes": int(manifest["files"][name]["bytes"]), **manifest["files"][name]} for name in FILES}
+    except FileNotFoundError:
+        raise StateError("manifest.json is missing") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise StateError(f"manifest.json cannot be read ({type(error).__name__}: {error})") from None
 
 
-def _count() -> Iterator[int]:
-    number = 0
-    while True:
-        number += 1
-        yield number
+def _verified_bytes(path: Path, entry: Mapping[str, Any]) -> bytes:
+    return b"".join(_verified_blocks(path, entry))
 
 
-def _entry(file: Path) -> dict[str, Any]:
-    sync(file)
-    return {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
+def _verified_blocks(path: Path, entry: Mapping[str, Any]) -> Iterator[bytes]:
+    """A file's bytes, block by block; raises StateError, at the end at the latest, when they are not those of its entry."""
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            size = path.stat().st_size
+            if size != entry["bytes"]:
+                raise StateError(f"{path.name} has {size} bytes, the manifest says {entry['bytes']}")
+            while block := file.read(BLOCK):
+                digest.update(block)
+                yield block
+    except FileNotFoundError:
+        raise StateError(f"{path.name} is missing") from None
+    except OSError as error:
+        raise StateError(f"{path.name} cannot be read ({error.strerror})") from None
+    if digest.hexdigest() != entry.get("sha256"):
+        raise StateError(f"{path.name} has another sha256 than the manifest says")

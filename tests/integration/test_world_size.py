@@ -6,19 +6,26 @@ import json
 
 import pytest
 
-from tests.integration.ranks import ROOT, run_ranks
+from tests.integration.forked_ranks import Job, errors, run_jobs, said
+from tests.integration.ranks import run_ranks
 
-WORKER = str(ROOT / "tests" / "integration" / "steps_worker.py")
+# Number of ranks, of micro-batches, ZeRO stage
+WORLDS = [(1, 1, 1), (1, 3, 1), (2, 1, 1), (3, 1, 0), (2, 2, 2), (2, 1, 3), (3, 2, 0), (4, 1, 1), (8, 1, 0)]
 
 
-def three_steps(tmp_path, world: int, accumulation: int = 1, stage: int = 1, global_batch: int = 5, **more) -> dict:
+def steps(tmp_path, world: int, accumulation: int = 1, stage: int = 1, global_batch: int = 5, **more) -> Job:
     options = {"stage": stage, "accumulation": accumulation, "global_batch": global_batch, "steps": 3, **more}
-    results = run_ranks(
-        world, ["-m", "tests.integration.steps_worker", json.dumps(options)], tmp_path / f"w{world}a{accumulation}s{stage}"
-    )
-    for result in results[1:]:
-        assert result["weights"] == results[0]["weights"], "ranks must hold the same weights"
-    return results[0]
+    folder = str(tmp_path / f"w{world}a{accumulation}s{stage}")
+    return Job(world, "tests.integration.steps_worker", [json.dumps(options)], folder)
+
+
+def results_of(*jobs: Job) -> list[dict]:
+    """What rank 0 of each job says; the others must hold the same weights."""
+    for job, codes in zip(jobs, run_jobs(list(jobs)), strict=True):
+        assert not any(codes), errors(job)
+        weights = [result["weights"] for result in said(job)]
+        assert all(other == weights[0] for other in weights[1:]), "ranks must hold the same weights"
+    return [said(job)[0] for job in jobs]
 
 
 def assert_same(one: dict, other: dict, tolerance: float = 1e-6) -> None:
@@ -33,8 +40,14 @@ def assert_same(one: dict, other: dict, tolerance: float = 1e-6) -> None:
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory):
-    return three_steps(tmp_path_factory.mktemp("reference"), world=1)
+def worlds(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("worlds")
+    return dict(zip(WORLDS, results_of(*(steps(folder, *world) for world in WORLDS)), strict=True))
+
+
+@pytest.fixture(scope="module")
+def reference(worlds):
+    return worlds[1, 1, 1]
 
 
 def test_the_reference_exercises_every_term(reference):
@@ -48,39 +61,39 @@ def test_the_reference_exercises_every_term(reference):
     assert all(value > 0 for value in reference["reports"][2]["terms"].values())
 
 
-@pytest.mark.parametrize(("world", "accumulation", "stage"), [(1, 3, 1), (2, 1, 1), (3, 1, 0), (2, 2, 2), (2, 1, 3), (3, 2, 0)])
-def test_ranks_micro_batches_and_stages_agree(tmp_path, reference, world, accumulation, stage):
-    assert_same(reference, three_steps(tmp_path, world, accumulation, stage))
+@pytest.mark.parametrize("world", WORLDS[1:], ids=str)
+def test_ranks_micro_batches_and_stages_agree(worlds, reference, world):
+    assert_same(reference, worlds[world])
 
 
 def test_recomputed_frames_over_ranks_and_micro_batches(tmp_path, reference):
     """ZeRO-3 gathers weights around a module's call, and once more where the backward computes again."""
-    assert_same(reference, three_steps(tmp_path, 2, accumulation=2, stage=3, model={"recompute_frames": 2}))
+    assert_same(reference, *results_of(steps(tmp_path, 2, accumulation=2, stage=3, model={"recompute_frames": 2})))
 
 
 def test_a_decoder_that_waits_for_its_own_maps_over_ranks(tmp_path):
-    one, two = three_steps(tmp_path, 1, merged_by="D"), three_steps(tmp_path, 2, stage=3, merged_by="D")
-    assert_same(one, two)
+    assert_same(*results_of(steps(tmp_path, 1, merged_by="D"), steps(tmp_path, 2, stage=3, merged_by="D")))
 
 
 def test_more_ranks_than_clips(tmp_path):
-    assert_same(three_steps(tmp_path, world=1, global_batch=2), three_steps(tmp_path, world=3, global_batch=2))
+    assert_same(*results_of(steps(tmp_path, world=1, global_batch=2), steps(tmp_path, world=3, global_batch=2)))
 
 
 def test_images_are_clips_of_one_frame(tmp_path):
     """The predictor gets no gradient then, and slot contrast has nothing to compare."""
-    one, two = three_steps(tmp_path, 1, frames=1), three_steps(tmp_path, 2, frames=1)
+    one, two = results_of(steps(tmp_path, 1, frames=1), steps(tmp_path, 2, frames=1))
     assert [report["terms"]["slot_contrast"] for report in one["reports"]] == [0, 0, 0]
     assert_same(one, two)
 
 
 def test_video_scope_needs_no_other_rank(tmp_path):
-    assert_same(three_steps(tmp_path, 1, scope="video"), three_steps(tmp_path, 2, scope="video"))
+    assert_same(*results_of(steps(tmp_path, 1, scope="video"), steps(tmp_path, 2, scope="video")))
 
 
 @pytest.fixture(scope="module")
 def srl_reference(tmp_path_factory):
-    return three_steps(tmp_path_factory.mktemp("srl"), world=1, srl=True, ssync_from=1.0)
+    (result,) = results_of(steps(tmp_path_factory.mktemp("srl"), world=1, srl=True, ssync_from=1.0))
+    return result
 
 
 def test_srl_stages_follow_the_step(srl_reference):
@@ -91,7 +104,7 @@ def test_srl_stages_follow_the_step(srl_reference):
 
 
 def test_srl_over_ranks_micro_batches_and_stages(tmp_path, srl_reference):
-    assert_same(srl_reference, three_steps(tmp_path, world=2, accumulation=2, stage=3, srl=True, ssync_from=1.0))
+    assert_same(srl_reference, *results_of(steps(tmp_path, world=2, accumulation=2, stage=3, srl=True, ssync_from=1.0)))
 
 
 def test_a_stop_request_of_one_rank_reaches_all(tmp_path):

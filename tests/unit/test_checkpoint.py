@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from data_pipeline.errors import ConfigError, StateError
 from data_pipeline.order import Position
@@ -148,12 +150,13 @@ def test_a_damaged_folder_of_the_same_step_is_set_aside_not_overwritten(engine, 
     assert (root / "step_00000030.set_aside_1" / "model.safetensors").read_bytes() == b"damaged"
 
 
-def test_a_failed_write_leaves_the_older_ones_and_no_rest(engine, root, monkeypatch):
-    def full_disk(*args, **kwargs):
-        raise OSError(28, "No space left on device", "model.safetensors")
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device", "model.safetensors"), OSError(5, "Input/output error")])
+def test_a_failed_write_leaves_the_older_ones_and_no_rest(engine, root, monkeypatch, error):
+    def refuse(*args):
+        raise error
 
-    monkeypatch.setattr(checkpoint, "save_file", full_disk)
-    with pytest.raises(StateError, match="No space left on device"):
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(StateError, match=f"step 40 could not be written: {error.strerror}"):
         checkpoint.save(root, engine, state(40))
     assert steps(root) == [30, 20, 10]
     assert not list(root.glob(".writing*"))
@@ -195,10 +198,47 @@ def test_weights_that_are_not_finite_are_not_saved(engine, root):
     assert not list(root.glob(".writing*"))
 
 
-def test_a_full_disk_as_safetensors_tells_it_is_one_line(engine, root, monkeypatch):
-    def full_disk(*args, **kwargs):
-        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+def test_the_files_are_plain_safetensors_that_hold_what_the_engine_holds(engine, root):
+    stored = load_file(root / "step_00000030" / "model.safetensors")
+    whole = engine.weights()
+    assert stored.keys() == whole.keys() and all(torch.equal(stored[name], whole[name]) for name in whole)
+    moments, adam = load_file(root / "step_00000030" / "optimizer.safetensors"), engine.adam_state(1)
+    for key in ("exp_avg", "exp_avg_sq"):
+        for name, value in getattr(adam, key).items():
+            assert torch.equal(moments.pop(f"{key}/{name}"), value), name
+    assert not moments
 
-    monkeypatch.setattr(checkpoint, "save_file", full_disk)
-    with pytest.raises(StateError, match="could not be written.*No space left"):
-        checkpoint.save(root, engine, state(40))
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (lambda manifest: manifest["files"].pop("model.safetensors"), "manifest.json cannot be read"),
+        (lambda manifest: manifest.update(files={}), "manifest.json cannot be read"),
+        (lambda manifest: manifest.update(step=20), "that of step 20"),
+        (lambda manifest: manifest.update(format="other/1"), "format 'other/1'"),
+        (lambda manifest: manifest["files"]["state.json"].pop("sha256"), "state.json has another sha256"),
+    ],
+)
+def test_a_manifest_that_promises_less_does_not_verify(root, edit, words):
+    path = root / "step_00000030" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    edit(manifest)
+    path.write_text(json.dumps(manifest))
+    assert words in checkpoint.problem(path.parent)
+    assert checkpoint.load_newest(root, lambda text: None).state.step == 20
+
+
+def test_the_content_of_another_step_does_not_verify(root):
+    for file in (root / "step_00000020").iterdir():
+        shutil.copyfile(file, root / "step_00000030" / file.name)
+    assert "step 20" in checkpoint.problem(root / "step_00000030")
+
+
+def test_a_retired_checkpoint_vanishes_at_once(engine, root, monkeypatch):
+    """One that is half removed when the process is killed must not look like a damaged one."""
+    monkeypatch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)
+    checkpoint.retire(root, keep=1, trusted=root / "step_00000030", report=print)
+    assert steps(root) == [30]
+    monkeypatch.undo()
+    checkpoint.save(root, engine, state(40))
+    assert sorted(path.name for path in root.iterdir()) == ["newest.json", "step_00000030", "step_00000040"]

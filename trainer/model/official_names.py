@@ -29,6 +29,8 @@ _LAYERS = {
     "processor.predictor.blocks.0.norm2": "recurrence.predictor.norm_mlp",
 }
 
+_WRAPPED = ("encoder", "processor", "decoder")  # what official video models apply frame by frame, one level down
+
 _PROJECTORS = {"projector": "of_reconstruction", "projector2": "of_mapped"}  # SRL's alone
 
 
@@ -75,3 +77,23 @@ def from_official(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> 
     if missing:
         raise ValueError(f"tensor for {missing[0]} is missing ({len(missing)} in all); the file is not a whole model")
     return ours
+
+
+def to_official(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our tensors under the names and in the shapes that official video models write, without the frozen backbone, which ours
+    does not hold. The opposite of from_official.
+
+    Raises ValueError for a tensor that official models do not have.
+    """
+    names = official_names(sum(name.startswith("decoder.weight_") for name in tensors))
+    official = {ours: name for name, ours in names.items()}
+    unknown = sorted(set(tensors) - set(official))
+    if unknown:
+        raise ValueError(f"tensor {unknown[0]} is not part of a SlotContrast, SSync or SRL model; use format=slotstream")
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        part, _, rest = official[name].partition(".")
+        wrapped = f"{part}.module.{rest}" if part in _WRAPPED else official[name]
+        axes = {"initializer.slots": 3, "decoder.positions": 4}.get(name, tensor.ndim)
+        found[wrapped] = tensor.reshape((1,) * (axes - tensor.ndim) + tuple(tensor.shape))
+    return found
