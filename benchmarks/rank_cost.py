@@ -14,6 +14,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from benchmarks.table import Row
 
@@ -27,17 +28,17 @@ def rows(rounds: int, zero_stage: int) -> list[Row]:
     section = f"step of a tiny model, one clip a rank, ZeRO-{zero_stage} over gloo, one thread a rank"
     found = []
     for world_size in WORLD_SIZES:
-        cpu, wall = _run(world_size, rounds, zero_stage)
+        cpu, wall = run_ranks("benchmarks.rank_cost", [str(rounds), str(zero_stage)], world_size)
         name = f"{world_size} rank{'s' * (world_size > 1)}"
         found.append(Row(section=section, name=name, cpu_ms=cpu * 1e3, wall_ms=wall * 1e3))
     one, two = (row.wall_ms or 0.0 for row in found)
     return [found[0], replace(found[1], ratio=two / one, beside=f"{two - one:+.2f} ms wall for the second rank")]
 
 
-def _run(world_size: int, rounds: int, zero_stage: int) -> tuple[float, float]:
-    """Start the ranks, wait for all, read rank 0's figures. None of them outlives the call."""
+def run_ranks(module: str, arguments: list[str], world_size: int, timeout_s: float = TIMEOUT_S) -> Any:
+    """Start the ranks, wait for all, read rank 0's last line as JSON. None of them outlives the call."""
     port = _free_port()
-    command = [sys.executable, "-m", "benchmarks.rank_cost", str(rounds), str(zero_stage)]
+    command = [sys.executable, "-m", module, *arguments]
     ranks = [
         subprocess.Popen(
             command, cwd=ROOT, env=_environment(rank, world_size, port), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -45,7 +46,7 @@ def _run(world_size: int, rounds: int, zero_stage: int) -> tuple[float, float]:
         for rank in range(world_size)
     ]
     try:
-        texts = [rank.communicate(timeout=TIMEOUT_S) for rank in ranks]
+        texts = [rank.communicate(timeout=timeout_s) for rank in ranks]
     finally:
         for rank in ranks:
             if rank.poll() is None:
@@ -54,8 +55,7 @@ def _run(world_size: int, rounds: int, zero_stage: int) -> tuple[float, float]:
     for number, (rank, (_, errors)) in enumerate(zip(ranks, texts, strict=True)):
         if rank.returncode:
             raise RuntimeError(f"rank {number} of {world_size} ended with exit code {rank.returncode}:\n{errors[-2000:]}")
-    cpu, wall = json.loads(texts[0][0].strip().splitlines()[-1])
-    return cpu, wall
+    return json.loads(texts[0][0].strip().splitlines()[-1])
 
 
 def _free_port() -> int:

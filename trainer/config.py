@@ -216,8 +216,9 @@ class ParallelConfig:
     precision: str = "auto"  # auto: bf16 on cuda, fp32 on cpu. Softmax, losses and weights stay float32 in both
     zero_stage: int = 1
     accumulation: int = 1  # micro-batches of one update
+    reproducible: bool = False  # true: the number of ranks changes no bit of weights, losses, scores; slower
     patch_ranks: int = 1  # neighbouring ranks of a node that share the patches of the same clips: memory of a clip over so many
-    threads: int = 0  # intra-op threads of a rank; 0: the rank's share of the usable cores
+    threads: int = 0  # intra-op threads of a rank; 0: the rank's share of the usable cores, one where reproducible
     timeout_s: int = 300  # a collective that waits longer ends the rank
 
     def __post_init__(self) -> None:
@@ -229,14 +230,23 @@ class ParallelConfig:
         check_at_least("parallel.patch_ranks", self.patch_ranks, 1)
         check_at_least("parallel.threads", self.threads, 0)
         check_at_least("parallel.timeout_s", self.timeout_s, 1)
+        for key, only in (("zero_stage", 0), ("patch_ranks", 1)):
+            if self.reproducible and getattr(self, key) != only:
+                raise ConfigError(
+                    f"parallel.reproducible=true, parallel.{key}={getattr(self, key)}; sums that no number of ranks changes need "
+                    f"all of a clip and of the optimizer on one rank; set parallel.{key}={only} (parallel=reproducible sets all)"
+                )
 
 
 @dataclass(kw_only=True)
 class CheckpointConfig:
     every_steps: int = 1000
     keep: int = 2  # verified checkpoints that stay
+    asynchronous: bool = True  # the training loop waits for a copy into host memory only; false: for the disk
+    max_failures: int = 3  # saves in a row that a disk may refuse before the run ends
 
     def __post_init__(self) -> None:
+        check_at_least("checkpoint.max_failures", self.max_failures, 1)
         check_at_least("checkpoint.every_steps", self.every_steps, 1)
         check_at_least("checkpoint.keep", self.keep, 1)
 
@@ -271,6 +281,7 @@ class ObserveConfig:
     metrics: bool = True  # serve Prometheus metrics from every rank
     metrics_address: str = "127.0.0.1"  # interface; loopback unless told
     targets_dir: str | None = None  # a folder that a long-lived Prometheus watches; targets are linked there
+    mirror: list[str] = field(default_factory=list)  # tensorboard, wandb: rank 0 copies the run log there while it trains
     report: bool = True
     report_videos: int = 4  # validation videos shown in the report
 
@@ -278,6 +289,8 @@ class ObserveConfig:
         check_at_least("observe.log_every", self.log_every, 1)
         check_at_least("observe.report_videos", self.report_videos, 0)
         check_path("observe.targets_dir", self.targets_dir)
+        for name in self.mirror:
+            check_choice("observe.mirror", name, ("tensorboard", "wandb"))
 
 
 @dataclass(kw_only=True)
@@ -299,6 +312,12 @@ class RunConfig:
         _check_srl(self)
         if self.parallel.patch_ranks > 1:
             _check_patch_ranks(self)
+        contrast = self.objective.slot_contrast
+        if self.parallel.reproducible and contrast.scope == "rank" and contrast.weight > 0:
+            raise ConfigError(
+                "parallel.reproducible=true, objective.slot_contrast.scope=rank; it compares the clips of one rank, and so "
+                "depends on how many ranks there are; set the scope to global or video"
+            )
         if not self.name or "/" in self.name or self.name.startswith("."):
             raise ConfigError(f"name={self.name!r}; a plain folder name is needed; for example name=movi_c_seed0")
 
@@ -370,3 +389,18 @@ class EvaluationConfig:
         if self.input is not None:
             check_choice("input", self.input, ("features", "frames"))
         check_choice("device", self.device, ("auto", "cpu", "cuda"))
+
+
+@dataclass(kw_only=True)
+class ExportConfig:
+    """`python -m trainer.export run=...`: one file of a run's weights."""
+
+    run: str = MISSING  # run folder
+    step: int | None = None  # checkpoint to take; None: the newest that verifies
+    out: str | None = None  # None: model.safetensors, or model_official.safetensors, in the run folder
+    format: str = "slotstream"  # slotstream: our names; official: those of released SlotContrast, SSync and SRL checkpoints
+
+    def __post_init__(self) -> None:
+        check_path("run", self.run)
+        check_path("out", self.out)
+        check_choice("format", self.format, ("slotstream", "official"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from data_pipeline.errors import ConfigError
 from data_pipeline.order import World
+from trainer import rendezvous
 from trainer.patches import ALONE, PatchGroup, check_layout
 
 
@@ -29,17 +31,34 @@ def world_from_environment() -> World:
     return World(rank=rank, size=size)
 
 
-def start(device: torch.device, timeout_s: int) -> None:
-    """Join the group of MASTER_ADDR:MASTER_PORT; a single rank makes a group of its own on a free port."""
+def start(device: torch.device, timeout_s: int, stopping: Callable[[], bool] = lambda: False) -> None:
+    """Join the group of MASTER_ADDR:MASTER_PORT; a single rank makes a group of its own on a free port.
+
+    Raises what rendezvous.join raises; Interrupted once `stopping` is true on a rank that waits for others.
+    """
     if dist.is_initialized():
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_s)
     if "MASTER_ADDR" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
+        world = world_from_environment()
+        store = rendezvous.join(world, timeout_s, stopping)
+        dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout)
         return
     store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
     dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+
+
+def limit_waiting(timeout_s: int) -> None:
+    """Have collectives of every group that exists give up after `timeout_s`.
+
+    Groups that DeepSpeed makes have torch's 30 minutes otherwise, whatever the first group was given. torch offers no public way;
+    tests/integration/test_rendezvous.py sees when this one no longer works.
+    """
+    from torch.distributed import distributed_c10d
+
+    for group in list(distributed_c10d._world.pg_map):
+        distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
 
 
 def stop() -> None:
@@ -49,6 +68,11 @@ def stop() -> None:
 
 def many() -> bool:
     return dist.is_initialized() and dist.get_world_size() > 1
+
+
+def is_main() -> bool:
+    """Rank 0, or the only one."""
+    return not many() or dist.get_rank() == 0
 
 
 def form_patch_groups(world: World, patch_ranks: int, grid: tuple[int, int], timeout_s: int) -> PatchGroup:

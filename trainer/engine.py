@@ -23,6 +23,7 @@ from trainer.config import OptimConfig, ParallelConfig
 from trainer.model.network import VideoSlotModel
 from trainer.model.outputs import ModelOutput, OnePassOutput, TaskOf
 from trainer.patches import PatchGroup
+from trainer.reproducible import ExactGradient
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -34,6 +35,15 @@ class AdamState:
     exp_avg: Mapping[str, Tensor]
     exp_avg_sq: Mapping[str, Tensor]
     num_updates: int
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Numbers of a tensor that this rank holds: flat, from number `start` of the whole tensor on."""
+
+    name: str
+    start: int
+    values: Tensor
 
 
 def choose_device(name: str) -> torch.device:
@@ -69,14 +79,20 @@ class Engine:
         deepspeed = _import_deepspeed(device)
         self.device = device
         self.stage = parallel.zero_stage
-        self.accumulation = parallel.accumulation
+        self.reproducible = parallel.reproducible
+        self.accumulation = 1 if self.reproducible else parallel.accumulation  # reproducible: step.py cuts clip by clip
+        self.clip_norm = optim.clip_norm
         self.precision = choose_precision(parallel.precision, device)
         model = model.to(device)
         optimizer = torch.optim.Adam(model.parameters(), lr=optim.lr, betas=(optim.betas[0], optim.betas[1]), eps=optim.eps)
         self._deepspeed, _, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=_deepspeed_config(model, optim, parallel), dist_init_required=False
         )
+        distributed.limit_waiting(parallel.timeout_s)  # DeepSpeed makes groups of its own
         self._grad_norm: Any = None
+        self._exact = ExactGradient(self.module.parameters()) if self.reproducible else None
+        if self._exact is not None:
+            self._deepspeed.enable_backward_allreduce = False
         self._parameters = dict(self.module.named_parameters())
         if adam is not None:
             assert example is not None, "going on from an optimizer state needs an example input to allocate it"
@@ -125,6 +141,10 @@ class Engine:
 
     def backward(self, loss: Tensor) -> None:
         """Add one micro-batch's gradient. Collective. `loss` is already its share of the global mean (see step.py)."""
+        if self._exact is not None:
+            self._deepspeed.backward(loss)
+            self._exact.take()
+            return
         world = torch.distributed.get_world_size()
         # DeepSpeed averages over ranks and micro-batches; the losses are shares of a global mean, so undo both divisions.
         self._deepspeed.backward(loss * (world * self.accumulation))
@@ -134,10 +154,14 @@ class Engine:
     def step(self, lr: float) -> None:
         """Clip by global norm and update, after the last micro-batch's backward. Collective."""
         self._set_lr(lr)
+        if self._exact is not None:
+            self._exact.give()
         if self.stage == 0:
             # DeepSpeed keeps no norm without ZeRO; the gradients are complete here, before it clips them
             grads = [p.grad for p in self._parameters.values() if p.grad is not None]
             self._grad_norm = torch.nn.utils.get_total_norm(grads)
+        if self._exact is not None:
+            torch.nn.utils.clip_grads_with_norm_(self._parameters.values(), self.clip_norm, self._grad_norm)
         self._deepspeed.step()
         if self.stage > 0:
             self._grad_norm = self._deepspeed.get_global_grad_norm()
@@ -164,6 +188,21 @@ class Engine:
                     found[key][name] = value.detach().cpu().reshape(self._shape(parameter)).clone()
         return AdamState(found["exp_avg"], found["exp_avg_sq"], num_updates)
 
+    def shapes(self) -> dict[str, torch.Size]:
+        """Of the whole parameters, by name."""
+        return {name: self._shape(parameter) for name, parameter in self._parameters.items()}
+
+    def whole_on_rank_0(self, *kinds: str) -> bool:
+        """Rank 0 holds all of these kinds of state ("weight", or one of MOMENTS) itself."""
+        return self.stage == 0 or (self.stage < 3 and kinds == ("weight",))
+
+    def pieces(self, kind: str) -> list[Piece]:
+        """What this rank must give so that rank 0 has the whole "weight", "exp_avg" or "exp_avg_sq"; not copied."""
+        if self.whole_on_rank_0(kind) and torch.distributed.get_rank():
+            return []
+        found = ((name, self._own_piece(parameter, kind)) for name, parameter in self._parameters.items())
+        return [Piece(name, *piece) for name, piece in found if piece is not None]
+
     # -- inside ---------------------------------------------------------------------------------------------------------
 
     @property
@@ -183,6 +222,22 @@ class Engine:
         from deepspeed.utils import safe_get_full_optimizer_state
 
         return safe_get_full_optimizer_state(parameter, key)
+
+    def _own_piece(self, parameter: nn.Parameter, kind: str) -> tuple[int, Tensor] | None:
+        """First number and values of the piece of a tensor that this rank keeps; None: it keeps none."""
+        if self.whole_on_rank_0(kind):
+            value = parameter.detach() if kind == "weight" else self._moment(parameter, kind)
+            return None if value is None else (0, value)
+        if self.stage < 3:
+            mapping = getattr(parameter, "_hp_mapping", None)
+            return None if mapping is None else (mapping.lp_fragment_address.start, mapping.get_hp_fragment(kind).detach())
+        from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+
+        values = safe_get_local_fp32_param(parameter) if kind == "weight" else safe_get_local_optimizer_state(parameter, kind)
+        size = values.numel()
+        start = size * torch.distributed.get_rank()
+        count = min(size, self._shape(parameter).numel() - start)  # the last pieces are padded
+        return (start, values.detach()[:count]) if count > 0 else None
 
     def _restore(self, adam: AdamState, example: Tensor) -> None:
         """Put the moments back. Adam allocates them at its first update, so one update that changes nothing comes first."""
@@ -250,8 +305,9 @@ def _deepspeed_config(model: nn.Module, optim: OptimConfig, parallel: ParallelCo
     bucket = min(500_000_000, sum(parameter.numel() for parameter in model.parameters())) // 1024 * 1024 + 1024
     return {
         "train_micro_batch_size_per_gpu": 1,  # the true size varies with the rank's share; step.py does the scaling
-        "gradient_accumulation_steps": parallel.accumulation,
-        "gradient_clipping": optim.clip_norm,
+        "gradient_accumulation_steps": 1 if parallel.reproducible else parallel.accumulation,
+        # DeepSpeed's clipping averages norms over ranks, which rounds by their number
+        "gradient_clipping": 0.0 if parallel.reproducible else optim.clip_norm,
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {
             "stage": parallel.zero_stage,

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -84,7 +85,7 @@ def evaluate_model(
     scores, per_video = score(predict, loader, config, config.evaluate.maps, stop)
     found = [values for part in distributed.gather_objects(diagnosed) for values in part]
     if found:
-        scores["used_slots"], scores["map_agreement"] = (sum(values) / len(found) for values in zip(*found, strict=True))
+        scores["used_slots"], scores["map_agreement"] = (math.fsum(values) / len(found) for values in zip(*found, strict=True))
     return Evaluation(scores=scores, gallery=_gather_gallery(gallery, per_video), num_videos=len(per_video))
 
 
@@ -256,7 +257,7 @@ def evaluate_run(settings: EvaluationConfig) -> int:
     )
     config = replace(config, data=data, evaluate=replace(config.evaluate, maps=settings.maps, merge=settings.merge))
     distributed.start(device, config.parallel.timeout_s)
-    found = _choose_checkpoint(run, settings.step)
+    found = choose_checkpoint(run, settings.step)
     model = build_model(config.model, config.seed).to(device)
     untrained = build_model(config.model, config.seed).to(device)
     checkpoint.load_weights(model, found)
@@ -292,7 +293,8 @@ def _choose_input(config: RunConfig, settings: EvaluationConfig) -> RunConfig:
     return replace(config, data=replace(config.data, input=chosen, online=online, codec=codec))
 
 
-def _choose_checkpoint(run: Path, step: int | None) -> Checkpoint:
+def choose_checkpoint(run: Path, step: int | None) -> Checkpoint:
+    """A run's checkpoint of `step`, or its newest that verifies. Raises ConfigError when there is none such."""
     from data_pipeline.errors import ConfigError
     from trainer import checkpoint
 

@@ -32,8 +32,10 @@ def main(argv: list[str]) -> int:
     if "--help" in argv or "-h" in argv:
         print(HELP, end="")
         return 0
+    from trainer import heartbeat
     from trainer.preemption import StopRequest
 
+    heartbeat.start()
     stop = StopRequest().install()  # before the slow imports: a stop request that comes early is kept
     from data_pipeline.compose import compose
     from trainer.config import RunConfig
@@ -42,20 +44,28 @@ def main(argv: list[str]) -> int:
 
 
 def _train(config: RunConfig, stop: StopRequest) -> int:
-    from trainer import distributed, run_folder
+    from trainer import distributed, heartbeat, run_folder
     from trainer.process import keep_freed_memory, set_threads
 
     world = distributed.world_from_environment()
-    set_threads(config.parallel.threads)
+    set_threads(config.parallel.threads or int(config.parallel.reproducible))
     keep_freed_memory()
+    heartbeat.count_collectives()
     from trainer.engine import choose_device
+    from trainer.preemption import Interrupted
     from trainer.step import NonFiniteLoss
-    from trainer.train_loop import Training
+    from trainer.train_loop import REQUEUE, Training
 
     run = run_folder.folder_of(config)
-    distributed.start(choose_device(config.parallel.device), config.parallel.timeout_s)
+    try:
+        distributed.start(choose_device(config.parallel.device), config.parallel.timeout_s, lambda: stop.requested)
+    except Interrupted:
+        return REQUEUE
     attempt = distributed.from_main(run_folder.attempt_of(run))
     _prepare_folder(run, config, attempt, is_main=world.rank == 0)
+    for phase in ("load", "data", "evaluate") if _reads_remotely(config) else ():
+        heartbeat.mine().allow(phase, config.data.remote.deadline_s)  # so long a server that does not answer is waited for
+    heartbeat.mine().phase("load")
     training = Training(config, world, run, attempt, stop)
     try:
         return training.run_to_end()
@@ -65,6 +75,12 @@ def _train(config: RunConfig, stop: StopRequest) -> int:
         raise NonFiniteLoss(f"{error}; last good checkpoint: {saved}") from None
     finally:
         training.close()
+
+
+def _reads_remotely(config: RunConfig) -> bool:
+    from data_pipeline.remote.address import is_remote
+
+    return any(map(is_remote, [config.data.root, *(part.root for part in config.data.mixture)]))
 
 
 def _prepare_folder(run: Path, config: RunConfig, attempt: int, is_main: bool) -> None:

@@ -1,7 +1,8 @@
 """How a step's micro-batches go through the network. What each of them gives the step comes out: slots, terms, an anchor.
 
 Counts and coupled terms need every micro-batch before the first backward. One micro-batch keeps its graph between; several are
-looked at without gradient first, then run again one by one, because memory has room for one.
+looked at without gradient first, then run again one by one, because memory has room for one. In reproducible mode a single one
+is treated as several are: how many clips a rank has must not choose the way.
 """
 
 from __future__ import annotations
@@ -52,12 +53,13 @@ class WholeMaps:
 
     def __init__(self, engine: Engine, objective: Objective, parts: list[ClipBatch], step: int) -> None:
         self.engine, self.objective, self.parts, self.step = engine, objective, parts, step
+        self.once = len(parts) == 1 and not engine.reproducible
 
     def look(self) -> list[Seen]:
-        return [self._run(part, with_gradient=len(self.parts) == 1) for part in self.parts]
+        return [self._run(part, with_gradient=self.once) for part in self.parts]
 
     def again(self, number: int, looked: Seen) -> Seen:
-        return looked if len(self.parts) == 1 else self._run(self.parts[number], with_gradient=True)
+        return looked if self.once else self._run(self.parts[number], with_gradient=True)
 
     def _run(self, part: ClipBatch, with_gradient: bool) -> Seen:
         output = self.engine.forward(_features(part)) if with_gradient else self.engine.look(_features(part))
@@ -76,20 +78,20 @@ class DecoderInOnePass:
     def __init__(self, engine: Engine, objective: Objective, parts: list[ClipBatch], real_clips: int, step: int) -> None:
         self.engine, self.objective, self.parts, self.step = engine, objective, parts, step
         self.real_clips = real_clips
+        self.once = len(parts) == 1 and not engine.reproducible
         self.lessons: list[Lessons | None] = [None] * len(parts)
         self.decoded: list[Decoded | None] = [None] * len(parts)
         self.boundary_count: Tensor | None = None
 
     def look(self) -> list[Seen]:
-        several = len(self.parts) > 1
-        if several and self.objective.is_active("ssync_boundary", self.step):
+        if not self.once and self.objective.is_active("ssync_boundary", self.step):
             for number, part in enumerate(self.parts):
                 self.engine.look(_features(part), partial(self._note, number))
             self.boundary_count = self._count_boundary()
-        return [self._run(number, with_gradient=not several) for number in range(len(self.parts))]
+        return [self._run(number, with_gradient=self.once) for number in range(len(self.parts))]
 
     def again(self, number: int, looked: Seen) -> Seen:
-        return looked if len(self.parts) == 1 else self._run(number, with_gradient=True)
+        return looked if self.once else self._run(number, with_gradient=True)
 
     def _run(self, number: int, with_gradient: bool) -> Seen:
         call = self.engine.forward if with_gradient else self.engine.look

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import faulthandler
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable
 
-LOST_PEER = re.compile(r"connection (was )?(reset|closed|refused)|broken pipe|remote process exited", re.IGNORECASE)
+LOST_PEER = re.compile(
+    r"connection (was )?(reset|closed|refused)|broken pipe|remote process exited|timed out waiting \d+ms for", re.IGNORECASE
+)
 
 
 def set_threads(threads: int) -> None:
@@ -34,6 +39,17 @@ def keep_freed_memory() -> None:
     mallopt(M_MMAP_MAX, 0)
 
 
+def answer_stack_requests() -> None:
+    """Have the signal SIGRTMIN+6 append the stacks of all threads to the file of SLOTSTREAM_STACKS, if it is set.
+
+    It works where Python's own handlers do not: in a collective that hangs, or while a lock is waited for.
+    """
+    path = os.environ.get("SLOTSTREAM_STACKS")
+    if path and hasattr(signal, "SIGRTMIN"):
+        with contextlib.suppress(OSError):
+            faulthandler.register(signal.SIGRTMIN + 6, open(path, "ab", buffering=0), all_threads=True)  # noqa: SIM115
+
+
 def leave(code: int) -> None:
     """End this rank. Everything is written and closed by now: skip the interpreter's teardown, where gloo's threads now and then
     abort a process that has done its work, which the launcher would take for a failure."""
@@ -46,6 +62,7 @@ def run_as_rank(command: Callable[[list[str]], int | None]) -> None:
     """Run a command to its end as one rank: every way out is an exit code, none goes through the interpreter's teardown."""
     from data_pipeline.compose import run_command
 
+    answer_stack_requests()
     code = 1
     try:
         code = run_command(command)

@@ -12,7 +12,7 @@ from data_pipeline.batch import ClipBatch
 from data_pipeline.errors import StateError
 from data_pipeline.files import write_atomically
 from data_pipeline.order import World
-from trainer import checkpoint, distributed, evaluate
+from trainer import checkpoint, distributed, evaluate, export, heartbeat
 from trainer.build import (
     Made,
     build_clip_loader,
@@ -24,12 +24,14 @@ from trainer.build import (
     check_validation,
     real_per_rank,
 )
+from trainer.checkpoint_saver import Saver, owner_fence
 from trainer.config import RunConfig
 from trainer.device_feed import DeviceFeed
 from trainer.engine import Engine, choose_device
 from trainer.observe.observer import Observer
 from trainer.patches import data_world
 from trainer.preemption import Interrupted, StopRequest
+from trainer.probe import Probe
 from trainer.schedule import SCHEDULES
 from trainer.state import TrainState
 from trainer.step import Clock, as_stored, train_step
@@ -41,7 +43,7 @@ class Training:
     """A run between its start (or resume) and its end, on one rank. Every method is collective."""
 
     def __init__(self, config: RunConfig, world: World, run: Path, attempt: int, stop: StopRequest) -> None:
-        self.config, self.world, self.run, self.stop = config, world, run, stop
+        self.config, self.world, self.run, self.attempt, self.stop = config, world, run, attempt, stop
         self.checkpoints = run / "checkpoints"
         self.device = choose_device(config.parallel.device)
         distributed.start(self.device, config.parallel.timeout_s)
@@ -55,11 +57,12 @@ class Training:
     def _begin(self) -> None:
         """The newest checkpoint that verifies, or a new model; the data stream from there."""
         config, world = self.config, self.world
-        found = checkpoint.load_newest(self.checkpoints, self.observer.verify_failed)
+        probe = Probe(config.model, config.seed)
+        found = checkpoint.load_newest(self.checkpoints, self.observer.verify_failed, probe)
         model = build_model(config.model, config.seed)
         if found is not None:
             checkpoint.load_weights(model, found)
-        self.step = found.state.step if found else 0
+        self.step = self.begun_at = found.state.step if found else 0
         self.online = build_online(config, self.device)
         self.patches = model.patches = distributed.form_patch_groups(
             world, config.parallel.patch_ranks, model.grid, config.parallel.timeout_s
@@ -79,16 +82,23 @@ class Training:
             model, config.optim, config.parallel, self.device, adam=found.adam if found else None, example=example.to(self.device)
         )
         self.objective = build_objective(config, self.patches)
-        self.saved_step = self.good_step = self.step if found else -1
-        self._unproven: Path | None = None
+        fence = owner_fence(self.run, self.attempt)
+        self.saver = Saver(
+            self.checkpoints, config.checkpoint, self.engine, self.observer, self.step if found else -1, probe, fence
+        )
         self.observer.started(self.step, self.loader, num_parameters)
 
     def run_to_end(self) -> int:
         """Train to optim.max_steps, evaluate, report. Returns the exit code: 0 done, 75 stopped on request after a checkpoint."""
         try:
+            if not distributed.agree(not self._asked_to_stop()):
+                raise Interrupted  # while it loaded
             return self._train()
         except Interrupted:
             return self._stop_early()
+
+    def _asked_to_stop(self) -> bool:
+        return self.stop.requested
 
     def _train(self) -> int:
         config = self.config
@@ -96,14 +106,16 @@ class Training:
         schedule = SCHEDULES[config.optim.schedule]
         batches, read = self._batches()
         while self.step < config.optim.max_steps:
-            waited = Clock()
+            heartbeat.mine().step(self.step)
+            waited = Clock("data")
             batch = next(batches)
-            waited.lap("data")
+            wait_s = waited.stop()["data"]
             lr = config.optim.lr * schedule(self.step, config.optim)
-            report = train_step(self.engine, self.objective, batch, shares, self.step, lr, self.stop.requested, read)
+            stop, news = self._asked_to_stop, self.saver.has_news
+            report = train_step(self.engine, self.objective, batch, shares, self.step, lr, stop, read, news)
             self.step += 1
-            self._retire()
-            self.observer.stepped(self.step, report, batch, waited.seconds["data"], lr, self.engine, self.loader)
+            self._saved(report.news)
+            self.observer.stepped(self.step, report, batch, wait_s, lr, self.engine, self.loader)
             if report.stop:
                 return self._stop_early()
             if self._due(config.checkpoint.every_steps):
@@ -121,6 +133,7 @@ class Training:
         return DeviceFeed(self.loader, self.device), lambda batch: patches.cut(online(batch))
 
     def close(self) -> None:
+        self.saver.close()
         self.loader.close()
         self.observer.close()
 
@@ -130,34 +143,35 @@ class Training:
     def _state(self) -> TrainState:
         return TrainState(step=self.step, position=self.loader.state(), features=self.features.fingerprint)
 
-    def _save(self) -> None:
-        if self.saved_step == self.step:
+    @property
+    def good_step(self) -> int:
+        """The newest step whose checkpoint is on the disk and has given a finite loss; -1: none."""
+        return self.saver.good_step
+
+    @heartbeat.during("save")
+    def _save(self, final: bool = False) -> None:
+        saved = self.saver.saved_step
+        if saved == self.step:
             return
         norm = self.engine.grad_norm()
         if norm - norm != 0:  # one read, only where a checkpoint is due
             raise StateError(
                 f"gradient norm is {norm} at step {self.step}; such weights are not saved; "
-                f"the last checkpoint is {f'step {self.saved_step}' if self.saved_step >= 0 else 'none'}; lower optim.lr"
+                f"the last checkpoint is {f'step {saved}' if saved >= 0 else 'none'}; lower optim.lr"
             )
-        began = time.perf_counter()
-        saved = checkpoint.save(self.checkpoints, self.engine, self._state())
-        self.good_step, self.saved_step = self.saved_step, self.step
-        self._unproven = saved.path
-        self.observer.saved(self.step, saved.num_bytes, time.perf_counter() - began)
+        self.saver.save(self._state(), final)
 
-    def _retire(self) -> None:
-        """Older checkpoints may go once the newest one's weights have given a finite loss."""
-        if self._unproven is None:
-            return
-        if self.world.rank == 0:
-            checkpoint.retire(self.checkpoints, self.config.checkpoint.keep, self._unproven, self.observer.verify_failed)
-        self.good_step, self._unproven = self.saved_step, None
+    @heartbeat.during("save")
+    def _saved(self, news: bool) -> None:
+        self.saver.stepped(self.step, news)
 
     def _stop_early(self) -> int:
-        self._save()
+        if self.step > self.begun_at:  # else no update was applied: there is nothing new, or nothing at all
+            self._save(final=True)
         self.observer.preempted(self.step, self.stop.kind)
         return REQUEUE
 
+    @heartbeat.during("evaluate")
     def _evaluate(self, num_pictures: int = 0) -> evaluate.Evaluation:
         began = time.perf_counter()
         model = self.engine.plain_model(lambda: build_model(self.config.model, self.config.seed))
@@ -169,18 +183,21 @@ class Training:
     def _finish(self) -> int:
         """The last checkpoint, the scores beside their baselines, the report, and DONE."""
         config = self.config
-        self._save()
+        heartbeat.mine().phase("finish")
+        self._save(final=True)
         result, baselines = None, {}
         if config.evaluate.at_end:
             result = self._evaluate(config.observe.report_videos if config.observe.report else 0)
             baselines = self._baselines() if config.evaluate.baselines else {}
-        self._retire()
+        self.saver.finish()
         if self.world.rank == 0:
+            export.keep_last(self.run, self.checkpoints / checkpoint.folder_name(self.step), config, self.observer.console.note)
             write_atomically(self.run / "DONE", f"step {self.step}\n")
         self.observer.finished(self.step, result, baselines)
         distributed.barrier()
         return DONE
 
+    @heartbeat.during("evaluate")
     def _baselines(self) -> dict[str, dict[str, float]]:
         untrained = build_model(self.config.model, self.config.seed).to(self.device)
         with build_video_loader(self.config, self.world, self.online) as loader:

@@ -47,13 +47,14 @@ def batch_of(step: int, world: World, global_batch: int, accumulation: int, fram
         sample_ids=tuple(padded),
         keys=named,
         starts=(0,) * len(padded),
+        positions=tuple(step * global_batch + index for index in padded),
     )
 
 
 def main(options: dict) -> dict:
     torch.manual_seed(5)
     world = distributed.world_from_environment()
-    distributed.start(torch.device("cpu"), 60)
+    distributed.start(torch.device("cpu"), options.get("timeout_s", 60))
     model = VideoSlotModel(
         ModelConfig(
             num_slots=4,
@@ -70,7 +71,13 @@ def main(options: dict) -> dict:
     )
     # eps well above rounding: with 1e-8 Adam turns a gradient that is zero but for rounding into a full step of either sign
     optim = OptimConfig(lr=1e-2, max_steps=10, warmup_steps=1, decay_steps=10, clip_norm=0.05, eps=1e-4)
-    parallel = ParallelConfig(zero_stage=options["stage"], accumulation=options["accumulation"], device="cpu")
+    parallel = ParallelConfig(
+        zero_stage=options["stage"],
+        accumulation=options["accumulation"],
+        device="cpu",
+        reproducible=options.get("reproducible", False),
+        timeout_s=options.get("timeout_s", 60),
+    )
     ssync = SSyncConfig(
         boundary_weight=1.0,
         interior_weight=1.0,

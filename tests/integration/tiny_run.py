@@ -13,9 +13,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))
 from tiny_shards import write_split
 
 
-def make_shards(root: Path) -> Path:
-    write_split(root, "train", frames=((4, 6, 5), (8, 4), (4,)))
-    write_split(root, "validation", frames=((5, 3), (4,)))
+def make_shards(root: Path, codec: str = "float16") -> Path:
+    write_split(root, "train", frames=((4, 6, 5), (8, 4), (4,)), codec=codec)
+    write_split(root, "validation", frames=((5, 3), (4,)), codec=codec)
     return root
 
 

@@ -144,10 +144,9 @@ def wait_of(root: Path, monkeypatch: pytest.MonkeyPatch, read_s: float, step_s: 
         patched.setattr(ShardDataset, "read_features", delayed)
         feed, waited, began = DeviceFeed(loader, CPU), 0.0, time.perf_counter()
         for _ in range(8):
-            clock = Clock()
+            clock = Clock("data")
             next(feed)
-            clock.lap("data")
-            waited += clock.seconds["data"]
+            waited += clock.stop()["data"]
             time.sleep(step_s)
         return waited, time.perf_counter() - began - waited
 

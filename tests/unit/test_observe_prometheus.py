@@ -41,6 +41,7 @@ NAMES = [
     "slotstream_shard_fetched_bytes_total",
     "slotstream_shard_corrupt_total",
     "slotstream_checkpoint_verify_failures_total",
+    "slotstream_checkpoint_save_failures_total",
     "slotstream_preemptions_total",
     "slotstream_memory_bytes",
     "slotstream_world_size",

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from data_pipeline import targets
 from data_pipeline.batch import ClipBatch
 from data_pipeline.loader import ClipLoader
 from data_pipeline.order import World
@@ -23,8 +24,8 @@ from trainer.engine import Engine
 from trainer.evaluate import Evaluation
 from trainer.metrics.throughput import Meter
 from trainer.objective import terms_of
-from trainer.observe import targets
 from trainer.observe.console import Console
+from trainer.observe.mirror import Follower
 from trainer.observe.prometheus import MAX_LOSS_TERMS, Exporter, StepStats
 from trainer.observe.report import write_report
 from trainer.observe.run_log import RunLog
@@ -40,8 +41,10 @@ class Observer:
         self.counts_clips = world.rank % config.parallel.patch_ranks == 0  # ranks that share clips: the first speaks for all
         self.console = Console(config.optim.max_steps, enabled=self.is_main)
         self.meter = Meter()
+        self._watched = targets.watched_folder(run, config.observe.targets_dir)
         self.log: RunLog | None = None
         self.order: RunLog | None = None
+        self.mirror: Follower | None = None
         self.exporter = self._export() if config.observe.metrics else None
         self._skipped = 0
         self._phases: dict[str, float] = {}  # seconds since the last log line
@@ -54,6 +57,8 @@ class Observer:
         """The first update of this attempt comes next; `step` updates were done before."""
         if self.is_main:
             self.log = RunLog(self.run / "metrics.jsonl", resume_step=step)
+            if self.config.observe.mirror:
+                self.mirror = Follower(self.config.observe.mirror, self.run)
             clips, shards = len(loader.dataset), len(loader.dataset.index.shards)
             begin = f"going on from checkpoint of step {step}" if step else "starting at step 0"
             self.console.note(
@@ -61,10 +66,21 @@ class Observer:
                 f"{clips} videos in {shards} shards, "
                 f"{self.world.size} rank(s), {self.config.optim.global_batch} clips an update"
             )
-        if self.config.observe.record_order and self.counts_clips:
-            self.order = RunLog(self.run / "order" / f"rank{self.world.rank}.jsonl", resume_step=step)
+        if self.config.observe.record_order:
+            self._begin_order(step)
         self.console.start(step)
         self.meter.restart()
+
+    def _begin_order(self, step: int) -> None:
+        """This rank's record goes on after `step`; rank 0 also takes back later lines of ranks that write none any more."""
+        folder, share = self.run / "order", self.config.parallel.patch_ranks
+        if self.counts_clips:
+            self.order = RunLog(folder / f"rank{self.world.rank}.jsonl", resume_step=step)
+        if self.is_main:
+            for path in folder.glob("rank*.jsonl"):
+                rank = int(path.stem.removeprefix("rank"))
+                if rank >= self.world.size or rank % share:
+                    RunLog(path, resume_step=step).close()
 
     def stepped(
         self, step: int, report: StepReport, batch: ClipBatch, wait_s: float, lr: float, engine: Engine, loader: ClipLoader
@@ -93,12 +109,22 @@ class Observer:
         if step % self.config.observe.log_every == 0 or step == self.config.optim.max_steps or report.stop:
             self._logged(step, report, lr, engine, batch.epoch)
 
-    def saved(self, step: int, num_bytes: int, seconds: float) -> None:
+    def saved(self, step: int, num_bytes: int, seconds: float, stall_s: float) -> None:
+        """The checkpoint of `step` lies on the disk; it took so long, of which the training loop waited `stall_s`."""
         if self.exporter is not None:
             self.exporter.checkpoint_saved(num_bytes, seconds)
         if self.log is not None:
-            self.log.write(step, {"checkpoint/bytes": num_bytes, "checkpoint/seconds": seconds})
+            values = {"checkpoint/bytes": num_bytes, "checkpoint/seconds": seconds, "checkpoint/stall_seconds": stall_s}
+            self.log.write(step, values)
         self.meter.restart()
+
+    def save_failed(self, step: int, why: str, in_a_row: int) -> None:
+        """The checkpoint of `step` could not be written; training goes on, or the loop says why not."""
+        if self.exporter is not None:
+            self.exporter.checkpoint_save_failed()
+        if self.log is not None:
+            self.log.write(step, {"checkpoint/failures_in_a_row": in_a_row})
+        self.console.note(f"warning: {why} ({in_a_row} in a row)")
 
     def verify_failed(self, text: str) -> None:
         """A checkpoint on disk is damaged."""
@@ -145,9 +171,11 @@ class Observer:
         for log in (self.log, self.order):
             if log is not None:
                 log.close()
+        if self.mirror is not None:
+            self.mirror.close()
         if self.exporter is not None:
             if self.is_main:
-                targets.remove(self._targets_file, self.config.observe.targets_dir)
+                targets.remove(self._targets_file, self._watched)
             self.exporter.close()
 
     # -- inside -----------------------------------------------------------------------------------------------------------
@@ -179,9 +207,8 @@ class Observer:
             self.exporter.observe_log(losses, norm, lr)
             if engine.device.type == "cuda":
                 self.exporter.device_memory(torch.cuda.max_memory_allocated(engine.device))
-        watched = self.config.observe.targets_dir
-        if self.is_main and watched and time.monotonic() - self._heartbeat > HEARTBEAT_S:
-            targets.heartbeat(self._targets_file, watched)
+        if self.is_main and self._watched and time.monotonic() - self._heartbeat > HEARTBEAT_S:
+            targets.heartbeat(self._targets_file, self._watched)
             self._heartbeat = time.monotonic()
 
     def _export(self) -> Exporter:
@@ -202,6 +229,6 @@ class Observer:
         groups = distributed.gather_objects(own)
         if self.is_main:
             targets.write_targets(self._targets_file, groups)
-            if config.observe.targets_dir:
-                targets.link_into(self._targets_file, config.observe.targets_dir)
+            if self._watched:
+                targets.link_into(self._targets_file, self._watched)
         return exporter

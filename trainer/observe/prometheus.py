@@ -65,6 +65,7 @@ _COUNTERS = {
     "slotstream_peer_wait_seconds_total": "Time in the first exchange of updates, waiting for slower ranks; CPU runs only.",
     "slotstream_samples_skipped_total": "Damaged samples that were replaced by the next readable one.",
     "slotstream_checkpoint_verify_failures_total": "Checkpoints found whose content is not what their manifest says.",
+    "slotstream_checkpoint_save_failures_total": "Checkpoints that could not be written; the run went on or ended.",
     "slotstream_preemptions_total": "Requests to stop that this process received and obeyed.",
     "slotstream_restarts_total": "Attempts of this run before this one.",
     "slotstream_shard_hits_total": "Shards that were in the cache when they were wanted; a local disk counts nothing.",
@@ -202,6 +203,9 @@ class Exporter:
 
     def checkpoint_verify_failed(self, count: int = 1) -> None:
         self._counters["slotstream_checkpoint_verify_failures_total"].inc(count)
+
+    def checkpoint_save_failed(self) -> None:
+        self._counters["slotstream_checkpoint_save_failures_total"].inc()
 
     def score(self, scores: Mapping[str, float]) -> None:
         """Newest validation scores; keys as in the run log ("metric/video_fg_ari") or bare. Names outside SCORES are left out."""
