@@ -10,10 +10,9 @@ import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-
-class LaunchError(ValueError):
-    """A launch cannot go on. The message is one line: what is wrong, the rule, what to do."""
+from cluster.flags import LaunchError, build_parser, known_flags
 
 
 @dataclass(frozen=True)
@@ -29,16 +28,9 @@ JOBS = {
 }
 OWN_KEYS = {"build-shards": ("name", "runs")}  # say where the run folder is; the job itself knows none and would refuse them
 BACKEND_NAMES = ("auto", "local", "slurm", "ray")
-
-HELP = """Start a job on N nodes, watch it, and leave nothing behind.
-
-  JOB        train (default), evaluate or build-shards; or plan: what a run would need, starts nothing (plan --help)
-  key=value  everything after the flags goes to the job as it is: experiment=ssync_movi_c optim.lr=1e-3 ...
-
-The run folder is RUNS/NAME: NAME from name=..., else from experiment=..., else "run". Each start is an attempt in it:
-attempts/<n>/{launch.json,rank_<r>.log,verdict.json}.
-Exit code: 0 done, 75 stopped and saved (start again to go on), 130 Ctrl-C, 2 wrong command, else that of the first rank
-that failed."""
+BINDINGS = ("none", "cores", "numa")
+RAY_NODES = ("local", "slurm")
+CONTAINER_RUNTIMES = ("apptainer", "pyxis")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +45,47 @@ class LaunchConfig:
     grace: float = 30.0  # seconds between asking ranks to stop and killing them
     max_time: float | None = None  # seconds after which the job is asked to save and stop
     dry_run: bool = False
+    detach: bool = False  # start or submit, then return
+    multirun: bool = False  # overrides hold lists of values: one run per point
+    cluster: str | None = None  # configs/cluster/NAME.yaml gives flags their defaults
     command: tuple[str, ...] = ()  # run this in place of the job (tests)
+
+    # Supervision
+    max_restarts: int = 10  # without progress; a newer checkpoint refills the budget
+    min_nodes: int | None = None  # None: as many as nodes
+    node_patience: float = 60.0  # seconds to wait for a lost node before going on with fewer
+    start_timeout: float = 300.0  # seconds in which the agents of a started job must report
+    hang_after: float = 15.0  # least seconds without any progress that are a hang; 0: never
+
+    # Ranks and network
+    listen: str | None = None  # address that agents connect to; None: loopback on one machine, else this host's own
+    interface: str | None = None  # network interface of hub, gloo and NCCL
+    wrap: str | None = None  # prefix of each local agent's command; {slot} is its number
+    bind: str = "none"  # bind ranks to cores: none, cores, numa
+    export: tuple[str, ...] = ()  # names of environment variables that ranks on other nodes get, too
+
+    # Slurm
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    time: str | None = None  # as Slurm writes it, or 8h
+    mem: str | None = None
+    cpus_per_task: int | None = None
+    exclusive: bool = False
+    container: str | None = None
+    container_runtime: str | None = None  # apptainer | pyxis
+    setup: tuple[str, ...] = ()  # shell lines before anything else runs on a node
+    sbatch: tuple[str, ...] = ()  # KEY=VALUE lines for the batch script
+    srun: tuple[str, ...] = ()  # KEY=VALUE of the srun that starts an agent
+    python: str | None = None  # the nodes' or the image's Python; None: this one
+    max_requeues: int = 10  # without progress; a newer checkpoint refills the budget
+    script: str | None = None  # write the batch script there, submit nothing
+    in_job: bool = False  # this is the batch step: supervise here
+
+    # Ray
+    address: str | None = None
+    ray_nodes_from: str = "local"  # where a cluster that we start gets its nodes: local | slurm
 
     def __post_init__(self) -> None:
         _check_range("--nodes", self.nodes, 1)
@@ -61,11 +93,33 @@ class LaunchConfig:
         _check_range("--ranks-per-node", self.ranks_per_node, 1)
         _check_range("--grace", self.grace, 0)
         _check_range("--max-time", self.max_time, 1)
+        _check_range("--max-restarts", self.max_restarts, 0)
+        _check_range("--min-nodes", self.min_nodes, 1)
+        _check_range("--node-patience", self.node_patience, 0)
+        _check_range("--start-timeout", self.start_timeout, 1)
+        _check_range("--hang-after", self.hang_after, 0)
+        _check_range("--cpus-per-task", self.cpus_per_task, 1)
         check_known("--backend", self.backend, BACKEND_NAMES)
+        check_known("--bind", self.bind, BINDINGS)
+        check_known("--ray-nodes-from", self.ray_nodes_from, RAY_NODES)
+        if self.container_runtime is not None:
+            check_known("--container-runtime", self.container_runtime, CONTAINER_RUNTIMES)
         check_known("job", self.job, JOBS)
+        if self.least_nodes > self.nodes:
+            raise LaunchError(f"--min-nodes {self.min_nodes} with --nodes {self.nodes}; it can be that at most; change one")
+        _check_range("--max-requeues", self.max_requeues, 0)
+        for flag, entries in (("--sbatch", self.sbatch), ("--srun", self.srun)):
+            for entry in entries:
+                if "=" not in entry:
+                    raise LaunchError(f"{flag} {entry!r}; KEY=VALUE is needed; for example --sbatch mail-type=END")
         gpus, ranks = self.gpus_per_node, self.ranks_per_node
         if gpus and ranks and gpus != ranks:
             raise LaunchError(f"--gpus-per-node {gpus} with --ranks-per-node {ranks}; a GPU serves one rank; leave one out")
+
+    @property
+    def least_nodes(self) -> int:
+        """Nodes without which the job does not go on."""
+        return self.nodes if self.min_nodes is None else self.min_nodes
 
     @property
     def job_command(self) -> tuple[str, ...]:
@@ -79,53 +133,36 @@ def parse(argv: Sequence[str]) -> LaunchConfig:
     Raises: LaunchError for an unknown flag, job or backend, a value out of range, or a run name that is no folder name.
     """
     parser = build_parser()
+    chosen = parser.parse_known_args(list(argv))[0].cluster
+    if chosen is not None:  # flags beat the file, the file beats the defaults
+        parser.set_defaults(**_site_defaults(chosen, parser))
     flags, words = parser.parse_known_args(list(argv))
     job, overrides = _split_words(words, known_flags(parser))
+    values = vars(flags)
+    runs = values.pop("runs")
+    for name in ("max_time", "node_patience", "start_timeout", "hang_after"):
+        values[name] = None if values[name] is None else duration(str(values[name]), "--" + name.replace("_", "-"))
+    for name in ("export", "setup", "sbatch", "srun"):
+        values[name] = tuple(values[name] or ())
+    values["command"] = tuple(shlex.split(values["command"] or ""))
     return LaunchConfig(
-        nodes=flags.nodes,
-        gpus_per_node=flags.gpus_per_node,
-        ranks_per_node=flags.ranks_per_node,
-        backend=flags.backend,
         job=job,
         overrides=tuple(word for word in overrides if word.partition("=")[0] not in OWN_KEYS.get(job, ())),
-        run_dir=str(run_folder(job, overrides, flags.runs)),
-        grace=flags.grace,
-        max_time=None if flags.max_time is None else duration(flags.max_time),
-        dry_run=flags.dry_run,
-        command=tuple(shlex.split(flags.command or "")),
+        run_dir=str(run_folder(job, overrides, runs)),
+        **values,
     )
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The flags of the launcher. Words that are no flags are left over for `parse`."""
-    parser = _Parser(
-        prog="cluster/launch.py",
-        usage="python cluster/launch.py [flags] [JOB] [key=value ...]",
-        description=HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes (default 1)")
-    parser.add_argument("--gpus-per-node", type=int, metavar="G", help="one rank per GPU; 0: CPU (default: all that are there)")
-    parser.add_argument("--ranks-per-node", type=int, metavar="R", help="ranks of a node (default: one per GPU, or 1)")
-    parser.add_argument("--backend", default="auto", metavar="B", help="auto, local, slurm or ray (default auto)")
-    parser.add_argument("--runs", metavar="DIR", help="folder of run folders (default: runs)")
-    parser.add_argument("--grace", type=float, default=30.0, metavar="S", help="seconds to save in before a kill (default 30)")
-    parser.add_argument("--max-time", metavar="T", help="ask the job to save and stop after T: 90 (seconds), 45m, 8h, 1:30:00")
-    parser.add_argument("--dry-run", action="store_true", help="print every agent's and rank's command; start nothing")
-    parser.add_argument("--command", help=argparse.SUPPRESS)  # arguments for Python in place of the job; for tests
-    return parser
+def _site_defaults(name: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
+    """Defaults of flags from configs/cluster/NAME.yaml; keys as the flags are written, without the dashes before them."""
+    from cluster.backends import site
 
-
-class _Parser(argparse.ArgumentParser):
-    """argparse that raises in place of printing its usage and leaving, so that an error is one line."""
-
-    def error(self, message: str) -> None:  # type: ignore[override]
-        raise LaunchError(f"{message}; see --help")
-
-
-def known_flags(parser: argparse.ArgumentParser) -> list[str]:
-    return [flag for action in parser._actions for flag in action.option_strings if action.help != argparse.SUPPRESS]
+    known = [flag.removeprefix("--") for flag in known_flags(parser) if flag not in ("-h", "--help", "--cluster")]
+    defaults = {}
+    for key, value in site.read(name).items():
+        check_known(f"--cluster {name}: key", key, known)
+        defaults[key.replace("-", "_")] = value
+    return defaults
 
 
 def _split_words(words: Sequence[str], flags: Iterable[str]) -> tuple[str, list[str]]:
@@ -182,7 +219,7 @@ def run_folder(job: str, overrides: Sequence[str], runs_flag: str | None) -> Pat
     return Path(os.path.abspath(runs or runs_flag or "runs")) / run_name(job, overrides)
 
 
-def duration(text: str) -> float:
+def duration(text: str, flag: str = "--max-time") -> float:
     """Seconds of "90", "90s", "45m", "8h", "2d" or "1:30:00"."""
     if re.fullmatch(r"\d+(:\d{1,2}){1,2}", text):
         seconds = 0.0
@@ -191,7 +228,7 @@ def duration(text: str) -> float:
         return seconds
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", text)
     if not match:
-        raise LaunchError(f"--max-time {text}; a duration is needed; for example 90, 45m, 8h or 1:30:00")
+        raise LaunchError(f"{flag} {text}; a duration is needed; for example 90, 45m, 8h or 1:30:00")
     return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
 
 

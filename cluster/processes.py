@@ -6,6 +6,7 @@ import ctypes
 import json
 import os
 import random
+import secrets
 import select
 import signal
 import socket
@@ -84,13 +85,17 @@ class SignalPipe:
         """(signals that came, True when the descriptor `also` has something to read or was closed), after `timeout` s at most."""
         watched = [self._read] if also is None else [self._read, also]
         ready, _, _ = select.select(watched, [], [], max(0.0, timeout))
-        numbers: list[int] = []
-        if self._read in ready:
-            try:
-                numbers = [number for number in os.read(self._read, 4096) if number in self._mine]
-            except BlockingIOError:
-                numbers = []
-        return numbers, also is not None and also in ready
+        return self.read(), also is not None and also in ready
+
+    def fileno(self) -> int:
+        return self._read
+
+    def read(self) -> list[int]:
+        """The signals that have come."""
+        try:
+            return [number for number in os.read(self._read, 4096) if number in self._mine]
+        except BlockingIOError:
+            return []
 
 
 def processes_with(environment: dict[str, str]) -> list[int]:
@@ -170,11 +175,15 @@ def _ephemeral_start() -> int:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file so that a reader sees the old file or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Write a JSON file so that a reader sees the old file or the new one, never a part. A full disk leaves the old one."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")  # unique between hosts, too
     text = json.dumps(content, indent=2) + "\n"
-    with open(temporary, "w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise

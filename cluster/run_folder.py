@@ -1,8 +1,8 @@
-"""The run folder as the launcher sees it: who holds it, the next attempt, and a record of how the attempt was started."""
+"""The run folder as the launcher sees it: attempts, events, the job, and a record of how each attempt was started."""
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import json
 import os
 import re
@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cluster.config import LaunchError
 from cluster.layout import ROOT
 from cluster.processes import write_json
 
@@ -26,38 +25,32 @@ QUERY_IN_URL = re.compile(r"(\w+://[^?\s,\]}]*)\?[^\s,\]}]+")  # an access token
 HIDDEN = "<hidden>"
 
 
-class FolderLock:
-    """Sole use of a run folder by one job kind. The kernel frees it when the launcher and its agents have ended."""
+class EventLog:
+    """runs/<name>/events.jsonl: what happened to a run, one JSON object a line, over all its sessions."""
 
-    def __init__(self, run_dir: Path, job: str) -> None:
-        """Raises: LaunchError that names the holder when the folder is in use."""
-        run_dir.mkdir(parents=True, exist_ok=True)
-        self._stream = open(run_dir / f"{job}.lock", "a+")  # noqa: SIM115 - lives as long as the lock
-        try:
-            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            holder = self._holder()
-            self._stream.close()
-            raise LaunchError(
-                f"run folder {run_dir} is in use by {holder}; one launcher at a time; stop that one or choose another name=..."
-            ) from None
-        self._stream.truncate(0)
-        json.dump({"pid": os.getpid(), "host": socket.gethostname(), "since": now()}, self._stream)
-        self._stream.flush()
+    def __init__(self, run_dir: Path, session: str) -> None:
+        self._path = run_dir / "events.jsonl"
+        self._session = session
 
-    def _holder(self) -> str:
-        self._stream.seek(0)
-        try:
-            holder = json.load(self._stream)
-            return f"process {holder['pid']} on {holder['host']} since {holder['since']}"
-        except (ValueError, KeyError, TypeError):
-            return "another launcher"
+    def write(self, event: str, attempt: int | None, **facts: Any) -> None:
+        """Add a line. A full disk is no reason to end a run: the line is then missing."""
+        record = {"time": round(time.time(), 3), "event": event, "session": self._session, "attempt": attempt, **facts}
+        with contextlib.suppress(OSError), open(self._path, "a") as stream:
+            stream.write(json.dumps(record) + "\n")
 
-    def fileno(self) -> int:
-        return self._stream.fileno()
 
-    def close(self) -> None:
-        self._stream.close()
+def write_job(run_dir: Path, backend: str, job_id: str, words: Sequence[str]) -> None:
+    """job.json: how status and cancel find the job again. `job_id` is the backend's."""
+    record = {"backend": backend, "id": job_id, "host": socket.gethostname(), "pid": os.getpid(),
+              "words": [clean_word(word) for word in words], "submitted": now()}  # fmt: skip
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_json(run_dir / "job.json", record)
+
+
+def newest_checkpoint(run_dir: Path) -> int:
+    """Step of the newest complete checkpoint; -1 where there is none. It may be damaged: this is a measure of progress only."""
+    steps = [entry.parent.name.removeprefix("step_") for entry in (run_dir / "checkpoints").glob("step_*/manifest.json")]
+    return max((int(step) for step in steps if step.isdigit()), default=-1)
 
 
 def next_attempt(run_dir: Path) -> int:
@@ -80,14 +73,15 @@ def make_attempt(run_dir: Path) -> int:
 def withdraw_targets(run_dir: Path, watched: str | None) -> None:
     """Take away the target lists of a run that has ended, in case rank 0 was killed before it could do so itself.
 
-    `watched` is the folder of observe.targets_dir where the command gave one; the run's copy there has the same content.
+    `watched` is the folder of observe.targets_dir where the command gave one, else a monitor's beside the run folder; the run's
+    copy there has the same content.
     """
     own = run_dir / "monitoring" / "targets.json"
     try:
         content = own.read_bytes()
     except FileNotFoundError:
         return
-    for copy in Path(watched).glob("*.json") if watched else ():
+    for copy in Path(watched or run_dir.parent / ".targets").glob("*.json"):
         try:
             if copy.read_bytes() == content:
                 copy.unlink()

@@ -19,7 +19,9 @@ SETTLE = 2.0  # seconds from the end of a rank that lost its peer to the stop of
 # What a rank says that ended because another one had ended first. The words are those of gloo, NCCL and torch's store.
 LOST_PEER = re.compile(
     r"connection (?:was )?(?:reset|closed|refused)|broken pipe|recvvalue failed|socket (?:timeout|closed)"
-    r"|remote (?:process|peer) exited|ncclRemoteError|nccl communicator was aborted|DistNetworkError|DistStoreError",
+    r"|remote (?:process|peer) exited|ncclRemoteError|nccl communicator was aborted|DistNetworkError|DistStoreError"
+    r"|timed out waiting \d+ ?ms|collective operation timeout"
+    r"|address already in use",  # somebody else took rank 0's port: nobody's fault either, and gone with the next attempt
     re.IGNORECASE,
 )
 TERMINAL_CODES = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b\][^\x07]*\x07")
@@ -27,7 +29,7 @@ TERMINAL_CODES = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b\][^\x07]*\x07")
 
 @dataclass(frozen=True, kw_only=True)
 class RankExit:
-    """One rank's end, or (rank None) that of a node's agent."""
+    """One rank's end, or (rank None) the loss of a node."""
 
     rank: int | None
     node: int
@@ -36,6 +38,7 @@ class RankExit:
     time: float  # seconds since the epoch
     stopped: bool = False  # it had been asked to stop before it ended
     lost_peer: bool = False  # its last lines say that another rank went away
+    why: str = ""  # of a lost node: the end of a sentence about its agent
 
     @property
     def failed(self) -> bool:
@@ -47,6 +50,8 @@ class Verdict:
     exit_code: int
     outcome: str  # done | requeue | failed | interrupted | terminated | out_of_time | hung_up
     duration_seconds: float
+    cause: str = ""  # of a failure: exit | lost_peer | signal | lost_node | hang
+    why: str = ""  # of a lost node or a hang, for a person
     rank: int | None = None  # the cause of a failure
     node: int | None = None
     rank_exit_code: int | None = None
@@ -62,11 +67,18 @@ class Verdict:
 
 
 def judge(
-    exits: Sequence[RankExit], *, started: float, ended: float, stop_reason: str | None, done_file: bool = False
+    exits: Sequence[RankExit],
+    *,
+    started: float,
+    ended: float,
+    stop_reason: str | None,
+    done_file: bool = False,
+    hang: tuple[int | None, str] | None = None,
 ) -> Verdict:
     """The verdict on an attempt.
 
     `stop_reason`: why the launcher was asked to stop ("interrupted", "terminated", "hung_up", "out_of_time"), or None.
+    `hang`: (rank at fault or None, why) when the attempt was ended because it hung.
     A failure before the stop outweighs it. The cause is the rank that ended first, but one whose last words are that a peer
     went away gives way to one that says something else: a rank that raises closes its connections a second before it is gone.
     """
@@ -77,6 +89,8 @@ def judge(
         "done_file": done_file,
     }
     cause = find_cause(ordered)
+    if hang is not None:
+        return Verdict(exit_code=1, outcome="failed", cause="hang", why=hang[1], rank=hang[0], **common)
     if cause is not None and cause.failed:
         return Verdict(exit_code=cause.code, outcome="failed", **_blame(cause, ordered, started), **common)
     saved = any(item.code == REQUEUE for item in ordered)
@@ -99,7 +113,10 @@ def find_cause(ordered: Sequence[RankExit]) -> RankExit | None:
 
 
 def _blame(cause: RankExit, ordered: Sequence[RankExit], started: float) -> dict[str, Any]:
+    kind = "lost_node" if cause.rank is None else "signal" if cause.signal else "lost_peer" if cause.lost_peer else "exit"
     return {
+        "cause": kind,
+        "why": cause.why,
         "rank": cause.rank,
         "node": cause.node,
         "rank_exit_code": None if cause.signal else cause.code,
@@ -128,9 +145,7 @@ def explain(verdict: Verdict, log: Path | None, attempt_dir: Path) -> str:
         }[verdict.outcome]
         killed = f"; killed because they did not stop in time: ranks {_numbers(verdict.killed)}" if verdict.killed else ""
         return f"{words} after {verdict.duration_seconds:.0f} s{killed}; logs in {attempt_dir}"
-    who = f"the agent of node {verdict.node}" if verdict.rank is None else f"rank {verdict.rank} (node {verdict.node})"
-    how = how_it_ended(verdict.rank_exit_code, verdict.signal)
-    lines = [f"{who} {how} after {verdict.after_seconds:.0f} s; {_where(verdict, log)}"]
+    lines = [_headline(verdict, log)]
     lines += [f"  | {line}" for line in verdict.last_lines]
     if verdict.consequences:
         ranks = [item["rank"] for item in verdict.consequences if item["rank"] is not None]
@@ -138,6 +153,16 @@ def explain(verdict: Verdict, log: Path | None, attempt_dir: Path) -> str:
     if verdict.done_file:
         lines.append("the run has its DONE file: its work was complete before this")
     return "\n".join(lines)
+
+
+def _headline(verdict: Verdict, log: Path | None) -> str:
+    if verdict.cause == "hang":
+        return f"hung after {verdict.duration_seconds:.0f} s: {verdict.why}; stacks of all ranks in hang.json"
+    if verdict.rank is None:
+        how = verdict.why or how_it_ended(verdict.rank_exit_code, verdict.signal)
+        return f"the agent of node {verdict.node} {how} after {verdict.after_seconds:.0f} s"
+    how = how_it_ended(verdict.rank_exit_code, verdict.signal)
+    return f"rank {verdict.rank} (node {verdict.node}) {how} after {verdict.after_seconds:.0f} s; {_where(verdict, log)}"
 
 
 def how_it_ended(code: int | None, signal_name: str | None) -> str:

@@ -15,7 +15,7 @@ HEAVY = ("torch", "deepspeed", "ray", "scipy", "pycocotools", "webdataset")
 DEPENDENCIES = {
     "torch", "deepspeed", "ray", "submitit", "hydra", "omegaconf", "xformers", "prometheus_client", "webdataset",
     "numpy", "scipy", "PIL", "av", "pybullet", "rich", "safetensors", "requests", "urllib3", "boto3", "botocore", "awscrt",
-    "platform", "signal", "logging", "config_store",
+    "tensorboard", "wandb", "platform", "signal", "logging", "config_store",
 }  # fmt: skip
 
 
@@ -119,6 +119,7 @@ def test_nothing_is_unpickled():
         ["-m", "data_pipeline.verify"],
         ["-m", "trainer.main"],
         ["-m", "trainer.evaluate"],
+        ["-m", "trainer.export"],
     ],
     ids=" ".join,
 )

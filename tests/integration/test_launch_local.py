@@ -67,7 +67,8 @@ class Launched:
         script = folder / "program.py"
         script.write_text(program)
         self.run_dir = folder / "runs" / "run"
-        command = [*LAUNCH, "--runs", str(folder / "runs"), "--command", str(script), *words]
+        command = [*LAUNCH, "--backend", "local", "--max-restarts", "0"]  # one attempt; how it goes on: test_supervisor.py
+        command += ["--runs", str(folder / "runs"), "--command", str(script), *words]
         env = {key: value for key, value in os.environ.items() if key not in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")}
         env = {**env, "CUDA_VISIBLE_DEVICES": "", **more.pop("env", {})}
         stderr = more.pop("stderr", subprocess.PIPE)
@@ -239,7 +240,7 @@ def test_a_suspended_rank_does_not_stay(launcher: Callable[..., Launched]) -> No
 def test_a_killed_agent_takes_its_ranks_along(launcher: Callable[..., Launched]) -> None:
     run = launcher("--nodes", "2", "--grace", "1", program=PLAIN)
     run.wait_for(0, 1)
-    agent = next(pid for pid in run.agents() if b"node1" in Path(f"/proc/{pid}/cmdline").read_bytes())
+    agent = next(pid for pid in run.agents() if b"--slot\0001\0" in Path(f"/proc/{pid}/cmdline").read_bytes())
     os.kill(agent, signal.SIGKILL)
     code, _, err = run.end()
     assert code == 137 and "the agent of node 1 was killed by SIGKILL" in err
@@ -290,8 +291,29 @@ def test_a_preempted_run_that_saved_exits_75(launcher: Callable[..., Launched], 
 
 
 def test_max_time_asks_for_a_save(launcher: Callable[..., Launched]) -> None:
-    run = launcher("--max-time", "1", program=SAVES)
+    run = launcher("--max-time", "6", program=SAVES)
     assert run.end()[0] == 75 and "saved on SIGTERM" in run.log(0)
+
+
+def test_ranks_are_bound_to_cores_of_their_own(launcher: Callable[..., Launched]) -> None:
+    count = len(os.sched_getaffinity(0))
+    if count < 2:
+        pytest.skip("one core cannot be divided")
+    run = launcher("--ranks-per-node", "2", "--bind", "cores", program="import os; print(sorted(os.sched_getaffinity(0)))")
+    assert run.end()[0] == 0
+    first, second = (set(json.loads(run.log(rank))) for rank in (0, 1))
+    assert first and second and not first & second and first | second <= os.sched_getaffinity(0)
+
+
+def test_a_detached_launcher_goes_on_by_itself(launcher: Callable[..., Launched]) -> None:
+    run = launcher("--detach", program=SAVES)
+    assert run.end()[0] == 0
+    job = json.loads((run.run_dir / "job.json").read_text())
+    run.wait_for(0)
+    os.kill(int(job["id"]), signal.SIGTERM)
+    verdict = run.run_dir / "attempts" / "1" / "verdict.json"
+    wait_until(lambda: verdict.exists() and not run.agents(), "the detached launcher has ended")
+    assert run.verdict()["exit_code"] == 75 and "stopped and saved" in (run.run_dir / "launch.log").read_text()
 
 
 def test_exit_75_of_all_ranks_is_75(launcher: Callable[..., Launched]) -> None:

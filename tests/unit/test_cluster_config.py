@@ -49,6 +49,11 @@ def test_every_job_runs_its_module(job: str) -> None:
         (["--runs", "x", "runs=y"], ["--runs x", "runs=y"]),
         (["evaluate", "run=/no/such/run"], ["run=/no/such/run", "no such folder"]),
         (["--max-time", "soon"], ["--max-time soon", "8h"]),
+        (["--node-patience", "long"], ["--node-patience long"]),
+        (["--nodes", "2", "--min-nodes", "3"], ["--min-nodes 3", "--nodes 2"]),
+        (["--max-restarts", "-1"], ["--max-restarts -1"]),
+        (["--bind", "core"], ["--bind 'core'", "did you mean cores"]),
+        (["--sbatch", "exclusive"], ["--sbatch 'exclusive'"]),
     ],
 )
 def test_a_wrong_command_is_one_line_that_names_it(words: list[str], parts: list[str]) -> None:
@@ -89,10 +94,19 @@ def test_durations(text: str, seconds: float) -> None:
     assert duration(text) == seconds
 
 
-def test_backends_of_later_versions_are_refused_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_backend_is_chosen_by_what_is_there(tmp_path: Path) -> None:
     assert set(BACKENDS) | {"auto"} == set(BACKEND_NAMES)
-    assert choose_backend("auto") == choose_backend("local") == "local"
-    for name in ("slurm", "ray"):
-        assert main(["--backend", name]) == 2
-        error = capsys.readouterr().err
-        assert f"--backend {name}" in error and "local" in error and error.count("\n") == 1
+    login = {"PATH": str(tmp_path), "SLURM_CONF": "/etc/there"}
+    (tmp_path / "sbatch").write_text("#!/bin/sh\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    assert choose_backend(parse([]), login) == "slurm"
+    assert choose_backend(parse([]), {**login, "SLURM_JOB_ID": "1"}) == "local"  # inside of a job we are one of its nodes
+    assert choose_backend(parse([]), {"PATH": "", "SLURM_CONF": "/etc/there"}) == "local"
+    assert choose_backend(parse(["--address", "auto"]), login) == choose_backend(parse([]), {"RAY_ADDRESS": "a:1"}) == "ray"
+    assert choose_backend(parse(["--backend", "local", "--address", "auto"]), login) == "local"
+
+
+def test_a_wrong_command_is_refused_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["--backend", "slrum"], ["--nodes", "2", "--min-nodes", "3"], ["--interface", "no0", "--backend", "local"]):
+        assert main(words) == 2
+        assert capsys.readouterr().err.count("\n") == 1

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import socket
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -12,7 +15,10 @@ from hypothesis import strategies as st
 
 from cluster.config import LaunchConfig, LaunchError
 from cluster.layout import (
+    NodeFacts,
     NodeTask,
+    agent_command,
+    agent_environment,
     checkout_path,
     describe,
     full_environment,
@@ -36,14 +42,35 @@ TASK = NodeTask(
     threads=5,
     gpus=("6", "7", "8"),
     grace=2.5,
-    local=True,
+    console=True,
+    environment=(("A", "b"),),
+    cores=(1, 2, 3),
     command=("-m", "trainer.main", "a=b c", "name='q'"),
 )
 
 
-def test_a_task_travels_as_a_command_line() -> None:
-    for task in (TASK, dataclasses.replace(TASK, gpus=(), local=False, command=("x.py", "--", "--node"))):
-        assert NodeTask.parse(task.agent_command()[2:]) == task
+def nodes(count: int, gpus: Sequence[str] = (), cores: int = 2, **more: Any) -> list[NodeFacts]:
+    """Places on one machine, unless `more` says otherwise."""
+    facts = {"host": "h", "address": "127.0.0.1", "cores": tuple(range(cores)), "usable": cores, "gpus": tuple(gpus), **more}
+    return [NodeFacts(slot=slot, **facts) for slot in range(count)]
+
+
+def tasks_of(config: LaunchConfig, team: Sequence[NodeFacts], **more: Any) -> list[NodeTask]:
+    return node_tasks(config, team, **{"attempt": 1, "master_port": 1, **more})
+
+
+def test_tasks_and_facts_travel_as_json() -> None:
+    for task in (TASK, dataclasses.replace(TASK, gpus=(), cores=(), environment=(), command=("x.py", "--"))):
+        assert NodeTask.from_message(json.loads(json.dumps(task.as_message()))) == task
+    facts = NodeFacts.of_this_node(3, "10.0.0.1")
+    assert NodeFacts.from_message({"type": "hello", **json.loads(json.dumps(facts.as_message()))}) == facts
+    with pytest.raises(KeyError):
+        NodeFacts.from_message({"slot": 1})
+
+
+def test_the_token_is_in_the_agents_environment_alone() -> None:
+    assert "s3cret" not in " ".join(agent_command("h:1", 2, "/r")) and "s3cret" in agent_environment("s3cret").values()
+    assert "s3cret" not in full_environment(TASK, 0, agent_environment("s3cret")).values()
 
 
 def test_the_environment_of_a_rank() -> None:
@@ -68,38 +95,72 @@ def test_what_the_user_set_stays_and_what_an_outer_launcher_left_goes() -> None:
     assert not {"LOCAL_SIZE", "TORCHELASTIC_USE_AGENT_STORE"} & set(environment)
 
 
-@given(nodes=st.integers(1, 5), ranks=st.integers(1, 4), cores=st.integers(1, 64))
-def test_ranks_are_numbered_without_gap_and_share_the_cores(nodes: int, ranks: int, cores: int) -> None:
-    config = LaunchConfig(nodes=nodes, ranks_per_node=ranks, run_dir="/r")
-    tasks = node_tasks(config, attempt=1, master_port=1, gpus=[], cores=cores)
+@given(count=st.integers(1, 5), ranks=st.integers(1, 4), cores=st.integers(1, 64))
+def test_ranks_are_numbered_without_gap_and_share_the_cores(count: int, ranks: int, cores: int) -> None:
+    config = LaunchConfig(nodes=count, ranks_per_node=ranks, run_dir="/r")
+    tasks = tasks_of(config, nodes(count, cores=cores))
     environments = [rank_environment(task, local, {}) for task in tasks for local in range(task.ranks)]
-    assert [int(e["RANK"]) for e in environments] == list(range(nodes * ranks))
-    assert {int(e["WORLD_SIZE"]) for e in environments} == {nodes * ranks}
+    assert [int(e["RANK"]) for e in environments] == list(range(count * ranks))
+    assert {int(e["WORLD_SIZE"]) for e in environments} == {count * ranks}
     threads = [int(e["OMP_NUM_THREADS"]) for e in environments]
     assert min(threads) >= 1 and (sum(threads) <= cores or max(threads) == 1)
 
 
-@given(nodes=st.integers(1, 4), there=st.integers(0, 9), asked=st.none() | st.integers(0, 3), ranks=st.none() | st.integers(1, 3))
-def test_no_gpu_is_given_to_two_nodes(nodes: int, there: int, asked: int | None, ranks: int | None) -> None:
+@given(count=st.integers(1, 4), there=st.integers(0, 9), asked=st.none() | st.integers(0, 3), ranks=st.none() | st.integers(1, 3))
+def test_no_gpu_is_given_to_two_nodes(count: int, there: int, asked: int | None, ranks: int | None) -> None:
     if asked and ranks and asked != ranks:
         return
-    config = LaunchConfig(nodes=nodes, gpus_per_node=asked, ranks_per_node=ranks, run_dir="/r")
+    config = LaunchConfig(nodes=count, gpus_per_node=asked, ranks_per_node=ranks, run_dir="/r")
     ids = [str(10 + gpu) for gpu in range(there)]
-    if asked is not None and asked * nodes > there:
+    if asked is not None and asked * count > there:
         with pytest.raises(LaunchError, match=f"this machine has {there}"):
-            node_tasks(config, attempt=1, master_port=1, gpus=ids, cores=2)
+            tasks_of(config, nodes(count, ids))
         return
-    tasks = node_tasks(config, attempt=1, master_port=1, gpus=ids, cores=2)
+    tasks = tasks_of(config, nodes(count, ids))
     given_out = [gpu for task in tasks for gpu in task.gpus]
     assert len(set(given_out)) == len(given_out) and set(given_out) <= set(ids)
     assert all(task.gpus == () or len(task.gpus) == task.ranks for task in tasks)
 
 
 def test_gpus_are_used_when_there_are_enough() -> None:
-    assert gpus_of_a_node(LaunchConfig(nodes=2), 8) == 4
-    assert gpus_of_a_node(LaunchConfig(nodes=2, ranks_per_node=3), 8) == 3
-    assert gpus_of_a_node(LaunchConfig(nodes=2, ranks_per_node=3), 5) == 0
-    assert gpus_of_a_node(LaunchConfig(nodes=2, gpus_per_node=0), 8) == 0
+    assert gpus_of_a_node(LaunchConfig(nodes=2), 8, 2) == 4
+    assert gpus_of_a_node(LaunchConfig(nodes=2), 8, 1) == 8
+    assert gpus_of_a_node(LaunchConfig(nodes=2, ranks_per_node=3), 8, 2) == 3
+    assert gpus_of_a_node(LaunchConfig(nodes=2, ranks_per_node=3), 5, 2) == 0
+    assert gpus_of_a_node(LaunchConfig(nodes=2, gpus_per_node=0), 8, 2) == 0
+
+
+def test_machines_of_their_own_share_nothing_and_keep_their_names() -> None:
+    team = [
+        *nodes(1, "01", 8, host="a", address="10.0.0.1"),
+        dataclasses.replace(nodes(2, "01", 8, host="b")[1], address="10.0.0.2"),
+    ]
+    tasks = tasks_of(LaunchConfig(nodes=2, run_dir="/r"), team, local=False)
+    assert [(task.name, task.gpus, task.threads) for task in tasks] == [("a", ("0", "1"), 4), ("b", ("0", "1"), 4)]
+    assert {task.master_addr for task in tasks} == {"10.0.0.1"} and not any(task.console for task in tasks)
+
+
+def test_nodes_that_are_left_are_numbered_anew_and_keep_their_share() -> None:
+    everyone = nodes(3, "0123", 6)
+    config = LaunchConfig(nodes=3, run_dir="/r", bind="cores", min_nodes=2)
+    before = tasks_of(config, everyone)
+    after = tasks_of(config, everyone[1:], known=everyone)
+    assert [(task.node, task.slot, task.nodes) for task in after] == [(0, 1, 2), (1, 2, 2)]
+    assert [(task.gpus, task.cores, task.threads) for task in after] == [(it.gpus, it.cores, it.threads) for it in before[1:]]
+
+
+def test_the_smallest_node_sets_the_ranks_of_all() -> None:
+    team = [*nodes(1, "0123", host="a"), dataclasses.replace(nodes(2, "01", host="b")[1])]
+    assert [task.gpus for task in tasks_of(LaunchConfig(nodes=2, run_dir="/r"), team)] == [("0", "1"), ("0", "1")]
+
+
+def test_variables_go_along_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_FLAG", "7")
+    config = LaunchConfig(run_dir="/r", export=("MY_FLAG", "NOT_SET"), interface="ib0")
+    (task,) = tasks_of(config, nodes(1))
+    environment = rank_environment(task, 0, {})
+    assert (environment["MY_FLAG"], environment["GLOO_SOCKET_IFNAME"], environment["NCCL_SOCKET_IFNAME"]) == ("7", "ib0", "ib0")
+    assert "NOT_SET" not in environment and "MY_FLAG=7" not in describe([task], "local", "h:1", {})
 
 
 def test_visible_gpus_are_those_that_the_user_left_visible() -> None:
@@ -109,7 +170,7 @@ def test_visible_gpus_are_those_that_the_user_left_visible() -> None:
 
 def test_shards_are_built_by_a_rank_for_each_gpu_like_any_job() -> None:
     config = LaunchConfig(job="build-shards", run_dir="/r", nodes=2)
-    ranks = {len(gpus): node_tasks(config, attempt=1, master_port=1, gpus=gpus, cores=2) for gpus in ([], ["0", "1", "2", "3"])}
+    ranks = {len(gpus): tasks_of(config, nodes(2, gpus)) for gpus in ("", "0123")}
     assert {count: [task.ranks for task in tasks] for count, tasks in ranks.items()} == {0: [1, 1], 4: [2, 2]}
 
 
@@ -120,9 +181,9 @@ def test_an_installation_folder_does_not_go_before_the_standard_library(tmp_path
 
 
 def test_a_dry_run_shows_every_command_and_no_inherited_value() -> None:
-    tasks = node_tasks(LaunchConfig(nodes=2, ranks_per_node=2, run_dir="/r/x", overrides=("a=b",)), attempt=3, master_port=20001,
-                       gpus=[], cores=8)  # fmt: skip
-    text = describe(tasks, "local", {"API_TOKEN": "hunter2", "PYTHONPATH": "/secret/place"})
+    config = LaunchConfig(nodes=2, ranks_per_node=2, run_dir="/r/x", overrides=("a=b",))
+    tasks = tasks_of(config, nodes(2, cores=8), attempt=3, master_port=20001)
+    text = describe(tasks, "local", "127.0.0.1:1", {"API_TOKEN": "hunter2", "PYTHONPATH": "/secret/place"})
     assert "hunter2" not in text and "/secret/place" not in text
     assert text.splitlines()[:2] == ["run folder /r/x, attempt 3", "2 nodes x 2 ranks on CPU, backend local"]
     for rank in range(4):

@@ -1,20 +1,19 @@
-"""The run folder: one launcher at a time, numbered attempts, records without secrets, target lists that go away."""
+"""The run folder: numbered attempts, events, records without secrets, target lists that go away."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-import pytest
-
-from cluster.config import LaunchError
 from cluster.run_folder import (
-    FolderLock,
+    EventLog,
     clean_environment,
     clean_word,
     make_attempt,
+    newest_checkpoint,
     next_attempt,
     withdraw_targets,
+    write_job,
     write_launch_record,
 )
 
@@ -27,13 +26,28 @@ def test_attempts_count_up_and_never_share_a_folder(tmp_path: Path) -> None:
     assert make_attempt(tmp_path) == 12
 
 
-def test_a_folder_in_use_is_refused_with_its_holder(tmp_path: Path) -> None:
-    lock = FolderLock(tmp_path / "run", "train")
-    with pytest.raises(LaunchError, match=r"in use by process \d+ on .* since"):
-        FolderLock(tmp_path / "run", "train")
-    FolderLock(tmp_path / "run", "evaluate").close()  # scoring beside training is fine
-    lock.close()
-    FolderLock(tmp_path / "run", "train").close()
+def test_events_are_lines_and_a_full_disk_ends_nothing(tmp_path: Path) -> None:
+    log = EventLog(tmp_path, "s1")
+    log.write("session", None, nodes=2)
+    log.write("exit", 3, rank=1)
+    lines = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert [(line["event"], line["attempt"], line["session"]) for line in lines] == [("session", None, "s1"), ("exit", 3, "s1")]
+    EventLog(Path("/dev/full/x"), "s1").write("exit", 1)
+
+
+def test_the_job_is_recorded_without_secrets(tmp_path: Path) -> None:
+    write_job(tmp_path / "run", "slurm", "4711", ["--nodes", "2", "data.api_key=s3cret"])
+    job = json.loads((tmp_path / "run" / "job.json").read_text())
+    assert (job["backend"], job["id"], job["words"]) == ("slurm", "4711", ["--nodes", "2", "data.api_key=<hidden>"])
+
+
+def test_progress_is_the_newest_complete_checkpoint(tmp_path: Path) -> None:
+    assert newest_checkpoint(tmp_path) == -1
+    for name, complete in (("step_00000010", True), ("step_00000200", True), ("step_00000300", False), ("step_x", True)):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        if complete:
+            (tmp_path / "checkpoints" / name / "manifest.json").touch()
+    assert newest_checkpoint(tmp_path) == 200
 
 
 def test_records_hold_what_changes_a_run_and_no_secret(tmp_path: Path) -> None:

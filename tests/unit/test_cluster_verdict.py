@@ -71,6 +71,22 @@ def test_a_lost_agent_is_named_by_its_node() -> None:
     assert explain(verdict, None, Path("/x")).startswith("the agent of node 2 was killed by SIGKILL")
 
 
+def test_a_hang_outweighs_the_ends_that_it_brought() -> None:
+    killed = rank_exit(1, 137, 110, stopped=True, signal="SIGKILL")
+    verdict = judge([killed], started=100.0, ended=120.0, stop_reason=None, hang=(1, "rank 1 stuck in phase data"))
+    assert (verdict.outcome, verdict.cause, verdict.rank, verdict.exit_code) == ("failed", "hang", 1, 1)
+    assert "hung after 20 s: rank 1 stuck in phase data" in explain(verdict, None, Path("/x"))
+
+
+def test_causes_have_names() -> None:
+    assert verdict_of(rank_exit(0, 1, 110)).cause == "exit"
+    assert verdict_of(rank_exit(0, 1, 110, lost_peer=True)).cause == "lost_peer"
+    assert verdict_of(rank_exit(0, 137, 110, signal="SIGKILL")).cause == "signal"
+    lost = verdict_of(RankExit(rank=None, node=1, code=137, signal=None, time=104.0, why="is on node n3, which is down"))
+    assert lost.cause == "lost_node"
+    assert "the agent of node 1 is on node n3, which is down after 4 s" in explain(lost, None, Path("/x"))
+
+
 def test_the_text_has_rank_node_code_time_and_last_lines() -> None:
     verdict = verdict_of(rank_exit(3, 3, 112.0), done=True)
     verdict.last_lines.extend(["one", "two"])
@@ -89,4 +105,7 @@ def test_last_lines_are_what_a_person_saw(tmp_path: Path) -> None:
 
 def test_words_of_a_lost_peer() -> None:
     assert blames_peer(["x", "RuntimeError: [gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4242"])
+    assert blames_peer(
+        ["RuntimeError: Timed out waiting 10000ms for recv operation to complete", "EADDRINUSE, address already in use"]
+    )
     assert not blames_peer(["ValueError: a value", "loss is nan"])

@@ -1,0 +1,100 @@
+"""The agents of a session: placed, known when they report, given up when they are gone, placed again. No ranks here."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from cluster.hub import Hub
+from cluster.layout import NodeFacts
+from cluster.placement import Placement
+
+SILENCE = 15.0  # seconds without an answer after which an agent is lost: frozen, or its link is down
+REASON_WITHIN = 1.0  # a connection that closes is known before the platform says why
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0  # between attempts to place a slot
+TRIES = 3  # deaths of a slot's agent before its first word, after which the slot is hopeless
+
+
+class Team:
+    """What is known of each slot. A slot is up from its agent's hello until it is lost."""
+
+    def __init__(self, nodes: int, placement: Placement, hub: Hub) -> None:
+        self.nodes = nodes
+        self.up: dict[int, NodeFacts] = {}
+        self.since: dict[int, float] = {}  # when a slot that is up came up
+        self.known: dict[int, NodeFacts] = {}  # of lost slots, too
+        self.absent: dict[int, str] = {}  # why a slot is not up
+        self._placement, self._hub = placement, hub
+        self._again: dict[int, float] = {}  # when to place a lost slot again
+        self._deaths: dict[int, int] = dict.fromkeys(range(nodes), 0)  # in a row, without a hello
+        self._closed: dict[int, float] = {}  # connections that ended, for which the reason is not known yet
+
+    def place_all(self) -> None:
+        for slot in range(self.nodes):
+            self.absent[slot] = "has not reported yet"
+            self._placement.place(slot)
+
+    @property
+    def complete(self) -> bool:
+        return len(self.up) == self.nodes
+
+    def hello(self, slot: int, message: Mapping[str, Any]) -> None:
+        """An agent has reported. One of a slot that is not ours, or that talks nonsense, is dropped."""
+        try:
+            facts = NodeFacts.from_message(message)
+        except (TypeError, KeyError, ValueError):
+            facts = None
+        if facts is None or slot >= self.nodes:
+            self._hub.drop(slot)
+            return
+        self.up[slot] = self.known[slot] = facts
+        self.since[slot] = time.monotonic()
+        self._deaths[slot] = 0
+        for book in (self.absent, self._again, self._closed):
+            book.pop(slot, None)
+
+    def gone(self, slot: int) -> None:
+        """The connection of a slot's agent has ended."""
+        if slot in self.up:
+            self._closed.setdefault(slot, time.monotonic())
+
+    def turn(self) -> list[tuple[int, str]]:
+        """(slot, why) of the slots that were up and are lost now. Lost ones are placed again, with growing pauses."""
+        now = time.monotonic()
+        lost = []
+        for slot in range(self.nodes):
+            why = self._why_lost(slot, now)
+            if why is not None:
+                if slot in self.up:
+                    lost.append((slot, why))
+                self._lose(slot, why, now)
+            if now >= self._again.get(slot, float("inf")):
+                del self._again[slot]
+                self._placement.place(slot)
+        return lost
+
+    def hopeless(self) -> list[int]:
+        """The slots whose agent has never come, though it was started several times."""
+        return [slot for slot, deaths in self._deaths.items() if deaths >= TRIES and slot not in self.known]
+
+    def _why_lost(self, slot: int, now: float) -> str | None:
+        if slot in self._again:
+            return None  # known already
+        why = self._placement.lost(slot)
+        if slot not in self.up or why is not None:
+            return why
+        if slot in self._closed:
+            return "closed its connection" if now > self._closed[slot] + REASON_WITHIN else None
+        return f"gave no answer for {SILENCE:.0f} s" if self._hub.silence(slot) > SILENCE else None
+
+    def _lose(self, slot: int, why: str, now: float) -> None:
+        self._hub.drop(slot)
+        self._placement.signal(slot, signal.SIGKILL)  # it may be frozen, or cut off: two of a slot must not be
+        self._deaths[slot] += slot not in self.up
+        self.up.pop(slot, None)
+        self._closed.pop(slot, None)
+        self.absent[slot] = why
+        pause = 0.0 if not self._deaths[slot] else min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (self._deaths[slot] - 1))
+        self._again[slot] = now + pause
