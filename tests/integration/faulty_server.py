@@ -1,4 +1,4 @@
-"""A web server on loopback that misbehaves on request: in front of a folder, or of another server (a proxy).
+"""A web server, on loopback unless told, that misbehaves on request: in front of a folder, or of another server (a proxy).
 
 It knows ranges, ETags and the conditions on them. A fault is a function (exchange) that changes an answer; `server.faults` maps
 the end of a path to a list of them: each request for it takes the next, None is a sound answer, and after the last all are sound.
@@ -84,6 +84,7 @@ class FaultyServer:
 
     folder: Path | None = None
     upstream: str | None = None  # http://host:port
+    address: str = "127.0.0.1"
     ranges: bool = True
     etags: bool = True
     faults: dict[str, list[Fault | None]] = field(default_factory=dict)
@@ -107,12 +108,12 @@ class FaultyServer:
         class Server(ThreadingHTTPServer):
             def handle_error(self, *_: object) -> None: ...  # a reader that goes away is no news
 
-        self._server = Server(("127.0.0.1", 0), Handler)
+        self._server = Server((self.address, 0), Handler)
         self._server.daemon_threads = True
         self._server.block_on_close = False
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
         self._thread.start()
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        self.url = f"http://{self.address}:{self._server.server_port}"
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -131,14 +132,14 @@ class FaultyServer:
             fault = faults.pop(0) if faults else None
         if self.on_request:
             self.on_request(path)
-        exchange = self._from_folder(handler, path) if self.folder else self._from_upstream(handler)
+        exchange = self._from_folder(handler, self.folder / path.lstrip("/")) if self.folder else self._from_upstream(handler)
         if fault is not None:
             fault(exchange)
         _send(handler, exchange)
 
-    def _from_folder(self, handler: BaseHTTPRequestHandler, path: str) -> Exchange:
+    def _from_folder(self, handler: BaseHTTPRequestHandler, path: Path) -> Exchange:
         try:
-            content = (self.folder / path.lstrip("/")).read_bytes()
+            content = path.read_bytes()
         except OSError:
             return Exchange(404, {}, b"nothing here")
         tag = '"' + hashlib.md5(content).hexdigest() + '"'
