@@ -69,7 +69,7 @@ setup(
             "pre-commit>=3.6",
             "psutil>=5.9",
             # its versions end in Grafana's: the oldest that loads the dashboards
-            "grafana-foundation-sdk==1769699698!10.1.0; python_version >= '3.11'",
+            "grafana-foundation-sdk==1769699998!10.1.0; python_version >= '3.11'",
             S3,
             TENSORBOARD,
             WANDB,
