@@ -14,7 +14,7 @@ from typing import Any
 from cluster.flags import LaunchError
 from cluster.run_folder import HIDDEN
 from cluster.run_reader import newest_attempt, read_json, text
-from cluster.run_view import LIVE, RunView, read_run
+from cluster.run_view import NOT_OVER, RunView, read_run
 from cluster.runs import CommandParser, backend_state, find, is_sweep
 from cluster.sweep_points import read_sweep
 from cluster.tables import count, span
@@ -40,7 +40,7 @@ def cancel(words: Sequence[str]) -> int:
     flags = parser.read(words)
     folder = find(Path(flags.runs), flags.name)
     folders = _points(folder) if is_sweep(folder) else [folder]
-    live = [item for item in folders if _look(item).state in LIVE]
+    live = [item for item in folders if _look(item).state in NOT_OVER]
     if not live:
         say(f"no point of {flags.name} is running" if is_sweep(folder) else f"{flags.name} is not running: {_look(folder).state}")
         return 0
@@ -76,10 +76,10 @@ def _await_end(folder: Path, wait: float | None, now: bool) -> int:
     patience = wait if wait is not None else PATIENCE + (0.0 if now else _grace(folder))
     deadline = time.monotonic() + patience
     view = _look(folder)
-    while view.state in LIVE and time.monotonic() < deadline:
+    while view.state in NOT_OVER and time.monotonic() < deadline:
         time.sleep(LOOK)
         view = _look(folder)
-    if view.state in LIVE:
+    if view.state in NOT_OVER:
         say(f"{folder.name} is still {view.state} after {span(patience)}; look at it again, or: cancel {folder.name} --now")
         return 1
     saved = "no checkpoint" if view.checkpoint is None else f"newest checkpoint step {count(view.checkpoint)}"
@@ -121,8 +121,9 @@ def resume(words: Sequence[str]) -> int:
     if is_sweep(folder):
         return _launch([*_words_of(folder, folder / "command.json"), *overrides], folder / "command.json")
     view = _look(folder)
-    if view.state in LIVE:
-        raise LaunchError(f"{names[0]} is {view.state}; a run has one launcher at a time; cancel {names[0]} first")
+    if view.state in NOT_OVER:
+        first = f"cancel {names[0]} first" if view.state != "unknown" else str(view.problem)
+        raise LaunchError(f"{names[0]} is {view.state}; a run has one launcher at a time; {first}")
     if view.state == "done":
         raise LaunchError(f"{names[0]} is done at step {count(view.step)}; there is nothing to go on with; start a new run")
     return _launch([*_words_of(folder, folder / "job.json"), *overrides], folder / "job.json")

@@ -174,7 +174,7 @@ class Group:
     def _watch(self, now: float) -> None:
         rtt = {task.node: self._hub.rtt[slot] for slot, task in self.tasks.items() if slot in self._hub.rtt}
         for finding in self._watcher.see(now, self._beats, rtt):
-            self._note(finding.kind, ranks=list(finding.culprits), cause=finding.cause, why=finding.why)
+            self._note(finding.kind, ranks=list(finding.culprits), node=finding.node, cause=finding.cause, why=finding.why)
             self._say(f"{finding.kind}: {finding.why}")
             if finding.kind == "hang":
                 self._hang = finding

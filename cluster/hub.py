@@ -17,6 +17,7 @@ MAX_STRANGER = 16 * 1024  # bytes of a first line
 MAX_LINE = 8 * 1024 * 1024  # stacks of many threads are long
 HELLO_WITHIN = 10.0
 PING_EVERY = 1.0
+REFUSED_WITHIN = 2.0
 
 Message = dict[str, Any]
 
@@ -201,15 +202,21 @@ class Link(Wire):
     """An agent's connection to the hub."""
 
     def __init__(self, host: str, port: int, token: str, patience: float) -> None:
-        """Connects, trying again for `patience` seconds: the hub of a big job answers late. Raises OSError."""
+        """Connects, trying again for `patience` seconds: the hub of a big job answers late. Raises OSError.
+
+        A hub listens before its agents are placed: a host that refuses for a while has none any more.
+        """
         deadline = time.monotonic() + patience
         while True:
             try:
                 super().__init__(socket.create_connection((host, port), timeout=5.0))
                 break
-            except OSError:
-                if time.monotonic() > deadline:
+            except OSError as error:
+                now = time.monotonic()
+                if now > deadline:
                     raise
+                if isinstance(error, ConnectionRefusedError):
+                    deadline = min(deadline, now + REFUSED_WITHIN)
                 time.sleep(0.2)
         self._token = token
 

@@ -32,6 +32,7 @@ from cluster.verdict import CODES_OF_REASONS, REQUEUE, how_it_ended
 HERE_SILENT = 6.0  # seconds without a beat after which the process table is asked, where the owner is on this machine
 START_SLACK = 3.0  # owners write whole seconds
 LIVE = ("queued", "running", "saving")
+NOT_OVER = (*LIVE, "unknown")  # none of these may be taken for ended: a second launch could meet the first
 STATE_OF_OUTCOME = {"done": "done", "failed": "failed", "requeue": "stopped (requeue)", "interrupted": "stopped",
                     "terminated": "stopped", "hung_up": "stopped", "out_of_time": "stopped (requeue)"}  # fmt: skip
 OUTCOME_OF_CODE = {0: "done", REQUEUE: "requeue", **{code: name for name, code in CODES_OF_REASONS.items()}}

@@ -24,7 +24,7 @@ from cluster.config import LaunchConfig, override_value, parse
 from cluster.flags import LaunchError, build_parser
 from cluster.processes import SignalPipe, die_with_parent, signal_process, write_json
 from cluster.run_folder import clean_word
-from cluster.run_view import LIVE
+from cluster.run_view import NOT_OVER
 from cluster.runs import backend_state
 from cluster.sweep_array import run_array
 from cluster.sweep_points import Point, Sweep, expand, fix_sweep
@@ -195,7 +195,7 @@ def _run(plan: Plan) -> int:
 def _waiting(plan: Plan) -> tuple[list[Point], str]:
     """(points to start, a word on the others)."""
     states = {point: view_point(plan.folder, point, backend_state).state for point in plan.sweep.points}
-    leave = {"done", *LIVE, *(["failed"] if plan.keep_failed else [])}
+    leave = {"done", *NOT_OVER, *(["failed"] if plan.keep_failed else [])}
     left = [state for state in states.values() if state in leave]
     named = ", ".join(f"{left.count(state)} {state}" for state in sorted(set(left)))
     waiting = [point for point, state in states.items() if state not in leave]

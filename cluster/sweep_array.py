@@ -14,7 +14,7 @@ from cluster.config import LaunchConfig
 from cluster.flags import LaunchError
 from cluster.processes import SignalPipe
 from cluster.run_reader import read_json
-from cluster.run_view import LIVE
+from cluster.run_view import NOT_OVER
 from cluster.runs import backend_state
 from cluster.sweep_points import Point
 from cluster.sweep_table import PointView, end_line, summary, view_point
@@ -48,10 +48,10 @@ class Watch:
         while self._left:
             views = [view_point(self.folder, point, backend_state) for point in self._left]
             for view in views:
-                if view.state not in LIVE:
+                if view.state not in NOT_OVER:
                     self._left.remove(view.point)
                     say(end_line(view, self._total - len(self._left), self._total))
-            self._say_states([view for view in views if view.state in LIVE])
+            self._say_states([view for view in views if view.state in NOT_OVER])
             if self._left:
                 for number in signals.wait(LOOK + LOOK_PER_POINT * len(self._left))[0]:
                     self._on_stop(number)

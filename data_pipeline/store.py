@@ -243,12 +243,15 @@ class ShardDataset:
 
     def _check_crc(self, sample: Sample, part: str, offset: int, data: np.ndarray, expected: int) -> None:
         """Damaged bytes of a shard that can be fetched anew are read again, into the same place."""
+        may_help = True
         for attempt in range(READS):
             found = crc32c(data)
             if found == expected:
                 return
-            if attempt + 1 == READS or not self.files.mend(sample.shard):
+            if not may_help or attempt + 1 == READS:
                 break
+            # False also where another thread has mended the shard since these bytes were read: one more look tells.
+            may_help = self.files.mend(sample.shard)
             self._read_into(sample, offset, data)
         raise DataError(
             f"{self._where(sample)}, {part}: crc32c={found:08x}, the index has {expected:08x}; the bytes are damaged; "

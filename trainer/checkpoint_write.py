@@ -63,6 +63,8 @@ def publish(
     root.mkdir(parents=True, exist_ok=True)
     for stale in (*root.glob(".writing_*"), *root.glob(".removing_*")):
         shutil.rmtree(stale, ignore_errors=True)
+    for stale in root.glob(f".{HINT}.*.tmp"):
+        stale.unlink(missing_ok=True)
     _require_space(root, snapshot.num_bytes + SMALL_FILES)
     folder = root / f".writing_{folder_name(state.step)}_{os.getpid()}"
     target = root / folder_name(state.step)

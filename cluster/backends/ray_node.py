@@ -8,6 +8,7 @@ used: it ends every Ray process of the host by name.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shutil
 import signal
@@ -50,6 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if code:
         print(f"ray start ended by itself: {_last_words(folder)}", file=sys.stderr, flush=True)
     shutil.rmtree(folder, ignore_errors=True)
+    if flags.folder:
+        with contextlib.suppress(OSError):
+            folder.parent.rmdir()  # the last node out, where the launcher was killed and cannot do it
     return code
 
 
@@ -104,12 +108,24 @@ def _start(flags: argparse.Namespace, folder: Path, mark: dict[str, str], ports:
 
 
 def _watch(node: subprocess.Popen[bytes], signals: SignalPipe) -> int:
-    """0 when standard input ended or a signal came, 1 when Ray ended."""
+    """0 when standard input ended or a signal came, 1 when Ray ended. A drained raylet ends without `ray start` minding."""
+    started = False
     while node.poll() is None:
         numbers, readable = signals.wait(1.0, sys.stdin.fileno())
         if set(numbers) - {signal.SIGCHLD} or (readable and not os.read(sys.stdin.fileno(), 4096)):
             return 0
+        there = any(_name(pid) == "raylet" for pid in _session(node.pid))
+        if started and not there:
+            return 1
+        started = started or there
     return 1
+
+
+def _name(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:
+        return ""
 
 
 def _last_words(folder: Path) -> str:

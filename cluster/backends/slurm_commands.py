@@ -13,6 +13,7 @@ TRIES, PAUSE = 4, 2.0  # of a controller that does not answer: about half a minu
 PATIENCE = 60.0  # seconds for one command
 AWAY = re.compile(r"Unable to contact slurm controller|Socket timed out|Connection (?:refused|timed out)|temporarily unable"
                   r"|Unable to (?:allocate resources|confirm allocation)[^\n]*(?:contact|timed out)", re.IGNORECASE)  # fmt: skip
+DOWN = ("DOWN", "FAIL", "NOT_RESPONDING", "POWERED_DOWN", "UNKNOWN")
 NOISE = re.compile(r"^(?:sbatch|scontrol|squeue|srun|scancel|sinfo): (?:error: |fatal: )?"
                    r"|^(?:allocation failure|Batch job submission failed): ", re.IGNORECASE)  # fmt: skip
 
@@ -99,6 +100,19 @@ def node_address(node: str) -> str:
 def host_names(node_list: str) -> list[str]:
     """n1, n2, n3 of n[1-3]. Raises: SlurmError."""
     return run("scontrol", "show", "hostnames", node_list).split()
+
+
+def live_nodes(nodes: Sequence[str], patience: float = PATIENCE) -> list[str]:
+    """Those of the nodes that are not down and whose slurmd answers. Raises: SlurmError."""
+    listed = run("scontrol", "show", "node", "-o", ",".join(nodes), patience=patience).splitlines()
+    found = [fields(line) for line in listed]
+    states = {item["NodeName"]: item.get("State", "") for item in found if "NodeName" in item}
+    return [node for node in nodes if not _is_down(states.get(node, ""))]
+
+
+def _is_down(state: str) -> bool:
+    """Of a node's state as scontrol writes it; a final * is for a slurmd that does not answer."""
+    return state.endswith("*") or any(word in state for word in DOWN)
 
 
 def partitions() -> dict[str, int]:

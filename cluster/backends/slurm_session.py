@@ -87,7 +87,10 @@ def _as_allocated(config: LaunchConfig, nodes: Sequence[str]) -> LaunchConfig:
 
 
 def _supervise(config: LaunchConfig, job: str, nodes: Sequence[str], words: Sequence[str]) -> int:
-    """One session. After a requeue the one before may still live where its slurmd died; it ends itself, so it is waited for."""
+    """One session. After a requeue the one before may still live where its slurmd died; it ends itself, so it is waited for.
+
+    A node that is dead before its agent has reported is Slurm's to replace: the job is started again, on others.
+    """
     from cluster.supervisor import supervise
 
     def make(session: Session) -> SrunPlacement:
@@ -98,10 +101,21 @@ def _supervise(config: LaunchConfig, job: str, nodes: Sequence[str], words: Sequ
         try:
             return supervise(config, "slurm", make, words)
         except LaunchError as error:
+            if IN_USE not in str(error) and (dead := down_nodes(nodes)):
+                say(f"{error}; {', '.join(dead)} of this job is down")
+                return REQUEUE
             again = os.environ.get("SLURM_RESTART_COUNT", "0") != "0" and IN_USE in str(error)
             if not again or time.monotonic() > deadline:
                 raise
             time.sleep(2.0)
+
+
+def down_nodes(nodes: Sequence[str]) -> list[str]:
+    """Those of the nodes that Slurm has lost; none when it cannot be asked."""
+    with contextlib.suppress(slurm.SlurmError):
+        live = slurm.live_nodes(nodes)
+        return [node for node in nodes if node not in live]
+    return []
 
 
 def array_name(environment: Mapping[str, str]) -> str | None:

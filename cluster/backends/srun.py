@@ -24,7 +24,6 @@ ASK_AGAIN = 15.0  # seconds between two looks at the end time: an administrator 
 CLOSE_WITHIN = 15.0  # agents that were sent away end in ten
 KILL_WITHIN = 5.0
 CONTROLLER_WITHIN = 5.0  # the supervisor has other things to do than to wait for Slurm
-DOWN = ("DOWN", "FAIL", "NOT_RESPONDING", "POWERED_DOWN", "UNKNOWN")
 # A step outlives an srun that was killed, so it is the step that is killed; its id is known only to Slurm.
 KILL_STEP = """squeue --noheader --steps --jobs="$1" --format='%i %j' | while read -r step name; do
 [ "$name" = "$2" ] && scancel --signal=KILL "$step"; done"""
@@ -178,15 +177,7 @@ class SrunPlacement:
         """Nodes that the job still has and that answer."""
         job = slurm.job_fields(self._job, CONTROLLER_WITHIN) or {}
         mine = slurm.host_names(job["NodeList"]) if job.get("NodeList", "(null)") != "(null)" else self._nodes
-        listed = slurm.run("scontrol", "show", "node", "-o", ",".join(mine), patience=CONTROLLER_WITHIN).splitlines()
-        found = [slurm.fields(line) for line in listed]
-        states = {item["NodeName"]: item.get("State", "") for item in found if "NodeName" in item}
-        return [node for node in mine if not _is_down(states.get(node, ""))]
-
-
-def _is_down(state: str) -> bool:
-    """Of a node's state as scontrol writes it; a final * is for a slurmd that does not answer."""
-    return state.endswith("*") or any(word in state for word in DOWN)
+        return slurm.live_nodes(mine, CONTROLLER_WITHIN)
 
 
 def _all_ended(processes: Collection[subprocess.Popen[bytes]], patience: float) -> bool:

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -54,8 +54,20 @@ def cluster() -> Iterator[StartedCluster]:
         os.environ.update({name: before[name]} if name in before else {})
 
 
+@pytest.fixture(autouse=True)
+def none_left() -> Iterator[None]:
+    """A test that fails leaves no launcher behind."""
+    yield
+    while Launched.started:
+        process = Launched.started.pop()
+        process.kill()
+        process.wait()
+
+
 class Launched:
     """A launcher with the small waiting program as its job, unless another command is given."""
+
+    started: ClassVar[list[subprocess.Popen[bytes]]] = []
 
     def __init__(self, folder: Path, *words: str, command: str = "") -> None:
         program = folder / "program.py"
@@ -66,6 +78,7 @@ class Launched:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         with self.errors.open("w") as stream:
             self.process = subprocess.Popen(line, stdout=stream, stderr=stream, env=environment, start_new_session=True)
+        self.started.append(self.process)
 
     def wait_for(self, attempt: int, ranks: int) -> None:
         self.until(lambda: all((self.run / f"ready_{attempt}_{rank}").exists() for rank in range(ranks)), f"attempt {attempt}")
@@ -122,10 +135,10 @@ def whole(cluster: StartedCluster) -> None:
         "    time.sleep(0.1)\n"
     )
     with subprocess.Popen([sys.executable, "-c", program]) as counting:
-        while counting.poll() is None:
-            assert time.monotonic() < deadline
+        while counting.poll() is None and time.monotonic() < deadline:
             cluster.mend()  # on a busy machine a node may need more than the time that Ray gives it to start
             time.sleep(0.5)
+        counting.kill()
     assert counting.returncode == 0
 
 
@@ -180,20 +193,21 @@ def test_goes_on_with_fewer_nodes_when_no_other_is_there(cluster, tmp_path):
 def test_a_draining_node_is_left_with_a_save(cluster, tmp_path):
     launched = Launched(tmp_path, *on(cluster, "--nodes", "3"))
     launched.wait_for(1, 3)
-    node = re.search(rb"--node-id=(\w+)|--node_id=(\w+)", Path(f"/proc/{launched.pid('raylet', 0)}/cmdline").read_bytes())
+    raylet = launched.pid("raylet", 0)
+    node = re.search(rb"--node-id=(\w+)|--node_id=(\w+)", Path(f"/proc/{raylet}/cmdline").read_bytes())
     assert node is not None
     drained = (node[1] or node[2]).decode()
     reason = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "test", "--deadline-remaining-seconds", "600"]
     ray = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", cluster.address, "--node-id", drained]
     subprocess.run([*ray, *reason], check=True, capture_output=True)
-    raylet = launched.pid("raylet", 0)
     launched.wait_for(2, 3)
     assert "drained" in launched.errors.read_text()
     assert raylet not in {parent(parent(agent["pid"])) for agent in launched.agents(2)}
     verdict = json.loads((launched.run / "attempts" / "1" / "verdict.json").read_text())
     assert verdict["outcome"] == "requeue", verdict
     launched.go()
-    os.kill(raylet, signal.SIGKILL) if Path(f"/proc/{raylet}").exists() else None
+    if Path(f"/proc/{raylet}").exists():  # Ray ends it when it is idle
+        os.kill(raylet, signal.SIGKILL)
     whole(cluster)
 
 

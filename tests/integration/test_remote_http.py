@@ -239,6 +239,27 @@ def test_a_shard_that_rots_in_the_cache_is_fetched_again(server: FaultyServer, f
     dataset.close()
 
 
+def test_a_rotten_shard_that_another_thread_has_mended_is_read_again(
+    server: FaultyServer, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = ShardDataset.open(f"{server.url}/train", remote=remote(tmp_path))
+    assert same(dataset, folder)
+    for path in (tmp_path / "cache" / "shards").glob("*.tar"):
+        flip_byte(path, 700)
+    mend = dataset.files.mend
+
+    def after_another(shard: int) -> bool:
+        """The other thread met the same bytes, and was quicker."""
+        mend(shard)
+        dataset.files.prefetch([shard])
+        return mend(shard)
+
+    monkeypatch.setattr(dataset.files, "mend", after_another)
+    assert same(dataset, folder)
+    assert dataset.files.counters.corrupt >= 1
+    dataset.close()
+
+
 def test_shards_are_fetched_ahead_in_the_order_of_the_plan(server: FaultyServer, folder: Path, tmp_path: Path) -> None:
     dataset = ShardDataset.open(f"{server.url}/train", remote=remote(tmp_path, streams=1))
     dataset.files.prefetch([3, 1, 0])

@@ -139,6 +139,9 @@ def on(nodes: str, *more: str) -> tuple[str, ...]:
     return ("--nodes", "2", "--sbatch", f"nodelist={nodes}", "--time", "30", *more)
 
 
+FREE = ("--sbatch", "exclude=n[5-14]")  # for the jobs that have no fault: no node that dies
+
+
 def preempt(cluster: SlurmCluster, job: str) -> None:
     cluster.sbatch("#!/bin/bash\nsleep 1\n", "--nodelist=n7,n8", "--nodes=2", "--exclusive", "--partition=urgent")
 
@@ -156,7 +159,7 @@ PLACES = {"preempted": on("n7,n8", "--exclusive")}
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[SlurmCluster]:
     require_slurm()
-    with SlurmCluster(num_nodes=12, cpus_per_node=8, gpus_per_node=1, slurmd_timeout_s=5, kill_wait_s=10) as running:
+    with SlurmCluster(num_nodes=14, cpus_per_node=8, gpus_per_node=1, slurmd_timeout_s=5, kill_wait_s=10) as running:
         yield running
 
 
@@ -177,6 +180,10 @@ def jobs(cluster: SlurmCluster, folder: Path) -> dict[str, Launched]:
     found["lost_first_node"] = Launched(cluster, folder, "lost_first_node", *on("n11,n12"), *shrinking)
     for launched in found.values():
         launched.wait_for(1, 0, 1)
+    found["dead_at_start"] = late = Launched(cluster, folder, "dead_at_start", *on("n13,n14"))
+    (late.run_dir / "finish").parent.mkdir(parents=True, exist_ok=True)
+    (late.run_dir / "finish").touch()
+    cluster.kill_node("n14")  # before the job is there; Slurm finds out some 13 s later
     for name, interrupt in INTERRUPTIONS.items():
         interrupt(cluster, found[name].job)
     signal_process(found["killed_rank"].pids()[1], signal.SIGKILL)
@@ -199,7 +206,7 @@ def trained(jobs: dict[str, Launched], cluster: SlurmCluster, folder: Path) -> d
     words = ("--nodes", "4", *overrides)
     return {
         name: Launched(cluster, folder, name, *where, *words, command=None)
-        for name, where in {"trained_slurm": (), "trained_local": ("--backend", "local")}.items()
+        for name, where in {"trained_slurm": FREE, "trained_local": ("--backend", "local")}.items()
     }
 
 
@@ -211,7 +218,7 @@ def test_the_script_is_what_runs_and_runs_alone(
 ) -> None:
     path = folder / "job.sh"
     words = ["--backend", "slurm", "--runs", str(folder / "runs"), "--gpus-per-node", "0", "--nodes", "2", "--time", "5"]
-    words += ["--setup", "export MARK=here", "--command", f"{folder / 'counts.py'} always", "name=alone"]
+    words += [*FREE, "--setup", "export MARK=here", "--command", f"{folder / 'counts.py'} always", "name=alone"]
     monkeypatch.chdir(folder)
     assert slurm.launch(parse(["--script", str(path), *words]), ["--script", str(path), *words]) == 0
     assert slurm.render(parse(words), words).startswith(path.read_text())
@@ -234,7 +241,7 @@ def test_bad_input_is_one_line_and_nothing_is_submitted(
     monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
     before = cluster.run("squeue", "--noheader", "--format=%i")
     for asked, says in {
-        ("--nodes", "13"): "--nodes 13; the default partition has 12",
+        ("--nodes", "15"): "--nodes 15; the default partition has 14",
         ("--partition", "nromal"): "--partition nromal is not known to Slurm; it has normal, urgent",
         ("--gpus-per-node", "2"): "Slurm refuses the job: Requested node configuration is not available",
         ("--constraint", "none"): "Slurm refuses the job: Invalid feature specification",
@@ -250,9 +257,9 @@ def test_bad_input_is_one_line_and_nothing_is_submitted(
 
 
 def test_a_second_job_for_the_folder_is_refused_and_ctrl_c_saves_for_good(cluster: SlurmCluster, folder: Path) -> None:
-    first = Launched(cluster, folder, "stopped", "--nodes", "1", command="")
+    first = Launched(cluster, folder, "stopped", "--nodes", "1", *FREE, command="")
     first.wait_for(1, 0)
-    second = Launched(cluster, folder, "stopped", "--nodes", "1", command="")
+    second = Launched(cluster, folder, "stopped", "--nodes", "1", *FREE, command="")
     assert second.end() == 2 and f"is in use: job {first.job} is RUNNING" in second.said(), second.said()
     assert second.said().count("\n") == 1
     first.process.send_signal(signal.SIGINT)
@@ -265,7 +272,7 @@ def test_detached_jobs_are_asked_and_stopped_by_their_record(
     cluster: SlurmCluster, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
-    launched = Launched(cluster, folder, "detached", "--nodes", "1", "--detach", command="")
+    launched = Launched(cluster, folder, "detached", "--nodes", "1", *FREE, "--detach", command="")
     assert launched.end() == 0 and "follow it with" in launched.said()
     record = json.loads((launched.run_dir / "job.json").read_text())
     launched.wait_for(1, 0)
@@ -283,13 +290,13 @@ def test_an_array_runs_each_point_in_its_folder(cluster: SlurmCluster, folder: P
     for name, value in environment(cluster).items():
         monkeypatch.setenv(name, value)
     points = []
-    for number in range(3):
-        words = ["--runs", str(folder / "runs"), "--gpus-per-node", "0", "--command", f"{folder / 'counts.py'} always"]
+    for number in range(2):
+        words = [*FREE, "--runs", str(folder / "runs"), "--gpus-per-node", "0", "--command", f"{folder / 'counts.py'} always"]
         points.append((parse([*words, f"name=point{number}"]), [*words, f"name=point{number}"]))
         (folder / "runs" / f"point{number}").mkdir(parents=True)
         (folder / "runs" / f"point{number}" / "finish").touch()
-    ids = slurm.submit_array(points, parallel=2)
-    assert [number.partition("_")[2] for number in ids] == ["0", "1", "2"]
+    ids = slurm.submit_array(points)
+    assert [number.partition("_")[2] for number in ids] == ["0", "1"]
     for (config, _), job in zip(points, ids, strict=True):
         cluster.until(lambda job=job: slurm.state({"id": job}).name == "ended", f"{job} ends")
         assert "finished at 0" in (Path(config.run_dir) / "slurm" / f"job_{job}.log").read_text()
@@ -349,6 +356,14 @@ def test_a_dead_first_node_starts_the_job_again(cluster: SlurmCluster, jobs: dic
     cluster.start_slurmd("n11")
     assert launched.end() == 0, launched.said()
     assert launched.applied() == list(range(1, len(launched.applied()) + 1))
+
+
+def test_a_node_that_is_dead_at_the_start_is_slurms_to_replace(cluster: SlurmCluster, jobs: dict[str, Launched]) -> None:
+    launched = jobs["dead_at_start"]
+    cluster.until(lambda: cluster.node_state("n14").startswith("DOWN"), "n14 is down")
+    cluster.start_slurmd("n14")
+    assert launched.end() == 0, launched.said()
+    assert cluster.job(launched.job).restarts >= 1 and not launched.events("attempt")[1:]
 
 
 def test_nothing_is_left(cluster: SlurmCluster, jobs: dict[str, Launched], trained: dict[str, Launched]) -> None:

@@ -238,9 +238,9 @@ def rank(beats: RankBeats) -> Iterator[Callable[[str], subprocess.Popen]]:
 
 def test_a_stopped_rank_is_seen_and_tells_where_it_was(beats: RankBeats, rank: Callable[[str], subprocess.Popen]) -> None:
     process = rank(ASLEEP)
+    os.kill(process.pid, signal.SIGSTOP)
+    os.waitpid(process.pid, os.WUNTRACED)
     for _ in range(2):  # each dump is given once
-        os.kill(process.pid, signal.SIGSTOP)
-        os.waitpid(process.pid, os.WUNTRACED)
         assert beats.read()[0]["state"] == "T"
         assert beats.stacks(0).count("in sleeps_here") == 1
         os.waitpid(process.pid, os.WUNTRACED)  # asking has set it going only for a moment
