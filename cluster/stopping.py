@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -73,7 +74,8 @@ class Stopping:
         self.fenced = True
         self._note("taken_over", owner=owner)
         folder = self._config.run_dir
-        self._say(f"run folder {folder} was taken over by {owner}: ending the ranks of this session at once")
+        what = f"was taken over by {owner}" if os.path.isdir(folder) else "is gone"
+        self._say(f"run folder {folder} {what}: ending the ranks of this session at once")
         if self._group is not None:
             self._group.kill()
 

@@ -114,8 +114,8 @@ class Training:
             stop, news = self._asked_to_stop, self.saver.has_news
             report = train_step(self.engine, self.objective, batch, shares, self.step, lr, stop, read, news)
             self.step += 1
-            self._saved(report.news)
             self.observer.stepped(self.step, report, batch, wait_s, lr, self.engine, self.loader)
+            self._saved(report.news)  # after the observer: it begins a new window for its rates
             if report.stop:
                 return self._stop_early()
             if self._due(config.checkpoint.every_steps):
