@@ -46,7 +46,7 @@ class DoubleEngine:
 
     def __init__(self, model: VideoSlotModel, accumulation: int) -> None:
         self.module, self.accumulation, self.device = model, accumulation, torch.device("cpu")
-        self.patches, self.forward = model.patches, model
+        self.patches, self.forward, self.reproducible = model.patches, model, False
 
     def look(self, *words):  # type: ignore[no-untyped-def]
         with torch.no_grad():
