@@ -8,7 +8,7 @@ HELP = """Start a job on N nodes, watch it, start it again when something dies, 
 
   JOB        train (default), evaluate or build-shards; or plan: what a run would need, starts nothing (plan --help)
   key=value  everything after the flags goes to the job as it is: experiment=ssync_movi_c optim.lr=1e-3 ...
-  status, logs, cancel, resume, doctor   commands for runs by name: status --help
+  status, logs, cancel, resume, profile, doctor, monitor   commands for runs by name and for machines: status --help
 
 The run folder is RUNS/NAME: NAME from name=..., else from experiment=..., else "run". Each start or restart of its processes
 is an attempt in it: attempts/<n>/{launch.json,rank_<r>.log,verdict.json}; what happened is in events.jsonl.

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from cluster.backends import site
+from cluster.config import parse
 from data_pipeline.compose import CONFIG_DIR, compose, keys_of
 from data_pipeline.config import BuildConfig, MoviSource, PatchFeatures
 from data_pipeline.errors import ConfigError
@@ -16,6 +18,7 @@ from trainer.config import EvaluationConfig, RunConfig
 
 TRAIN_GROUPS = ("data", "model", "objective", "optim", "parallel", "observe", "experiment")
 BUILD_GROUPS = ("source", "features")
+SITES = sorted((CONFIG_DIR / "cluster").glob("*.yaml"))  # flags of the launcher, not Hydra's
 SCHEMAS = {**SOURCE_SCHEMAS, **FEATURE_SCHEMAS}
 
 
@@ -29,8 +32,8 @@ def build(*overrides: str) -> BuildConfig:
 
 def test_every_file_belongs_to_a_group_that_is_tested():
     known = {(CONFIG_DIR / group / f"{name}.yaml") for group, name in members(*TRAIN_GROUPS, *BUILD_GROUPS)}
-    roots = {CONFIG_DIR / f"{name}.yaml" for name in ("train", "build_shards", "evaluate")}
-    assert {path for path in CONFIG_DIR.rglob("*.y*ml")} == known | roots
+    roots = {CONFIG_DIR / f"{name}.yaml" for name in ("train", "build_shards", "evaluate", "export")}
+    assert {path for path in CONFIG_DIR.rglob("*.y*ml")} == known | roots | set(SITES)
     assert not [path for path in CONFIG_DIR.rglob("*.py") if path.name != "__init__.py"]
 
 
@@ -38,6 +41,11 @@ def test_every_file_belongs_to_a_group_that_is_tested():
 def test_a_training_member_composes(group, name):
     config = compose("train", RunConfig, [f"{group}={name}"])
     assert isinstance(config, RunConfig)
+
+
+@pytest.mark.parametrize("path", SITES, ids=lambda path: path.stem)
+def test_a_site_gives_defaults_of_flags(path):
+    assert parse(["--cluster", path.stem, "--nodes", "2"]).backend == site.read(path.stem)["backend"]
 
 
 @pytest.mark.parametrize(("group", "name"), members(*BUILD_GROUPS))

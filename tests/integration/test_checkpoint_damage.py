@@ -52,8 +52,8 @@ def test_what_is_damaged_is_left_as_it_is(found):
 
 
 def test_what_one_rank_alone_cannot_read_is_read_by_none(found):
-    (case,) = [case for case in found if case.get("damage") == SEEN_BY_ONE]
-    assert "Stale file handle" in case["said"][0]
+    told = [case["said"][0] for case in found if case.get("damage") == SEEN_BY_ONE]
+    assert told and all("Stale file handle" in said for said in told)
 
 
 def test_the_engine_holds_what_was_loaded(found):

@@ -7,7 +7,6 @@ and their faults are made as soon as they run: a requeue takes Slurm some 15 s, 
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -24,10 +23,7 @@ from cluster.processes import processes_with, signal_process
 from tests.integration.slurm_cluster import SlurmCluster, require_slurm
 from tests.integration.tiny_run import applied_ids, arguments, make_shards, weights
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif("SLOTSTREAM_SLURM_TESTS" not in os.environ, reason="slurm: SLOTSTREAM_SLURM_TESTS=1 runs these, as root"),
-]
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = [sys.executable, str(ROOT / "cluster" / "launch.py")]
 
