@@ -15,10 +15,13 @@ from data_pipeline.compose import compose
 from data_pipeline.config import BuildConfig
 from data_pipeline.features import GROUP_SCHEMAS as FEATURE_SCHEMAS
 from data_pipeline.sources import GROUP_SCHEMAS as SOURCE_SCHEMAS
-from trainer.config import EvaluationConfig, RunConfig
+from trainer.config import EvaluationConfig, ExportConfig, RunConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text()
+
+
+COMMANDS = ("status", "logs", "cancel", "resume", "doctor", "monitor")
 
 
 def commands() -> list[str]:
@@ -43,19 +46,27 @@ def test_a_command_is_understood(command):
         assert parse_launch(words[2:]).job == "build-shards"
         settings = [word for word in words if "=" in word]
         assert isinstance(compose("build_shards", BuildConfig, settings, {**SOURCE_SCHEMAS, **FEATURE_SCHEMAS}), BuildConfig)
+    elif words[1] == "cluster/launch.py" and words[2] in COMMANDS:
+        result = subprocess.run([sys.executable, *words[1:3], "--help"], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert result.returncode == 0 and all(word in result.stdout for word in words if word.startswith("--")), result.stderr
+    elif "--multirun" in words:
+        result = subprocess.run([sys.executable, *words[1:], "--dry-run"], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert result.returncode == 0 and len(result.stdout.splitlines()) == 6, result.stdout + result.stderr
     elif words[1] == "cluster/launch.py":
         dry = [] if "--dry-run" in words else ["--dry-run"]
         result = subprocess.run(
             [sys.executable, *words[1:], *dry], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
         )
         assert result.returncode == 0, result.stderr
-        assert "trainer.main" in result.stdout
+        assert "trainer.main" in result.stdout or "#SBATCH --nodes=8" in result.stdout
         compose("train", RunConfig, [word for word in words if "=" in word])
     elif words[2] == "data_pipeline.build":
         settings = [word for word in words[3:] if word != "--dry-run"]
         assert isinstance(compose("build_shards", BuildConfig, settings, {**SOURCE_SCHEMAS, **FEATURE_SCHEMAS}), BuildConfig)
     elif words[2] == "trainer.evaluate":
         assert compose("evaluate", EvaluationConfig, words[3:]).run
+    elif words[2] == "trainer.export":
+        assert compose("export", ExportConfig, words[3:]).format == "official"
     else:
         assert words[2] in ("data_pipeline.inspect", "data_pipeline.verify", "data_pipeline.plan")
         result = subprocess.run(
