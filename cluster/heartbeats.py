@@ -32,7 +32,6 @@ WINDOW = "<Qdddd"
 WINDOW_STEPS, WINDOWS, WINDOWS_AT = 4, 8, 128
 FILE_BYTES = 512
 PREFIX = "slotstream_beats_"
-YOUNG_S = 60.0
 STACKS_SIGNAL = signal.SIGRTMIN + 6
 
 FIELDS = (
@@ -51,9 +50,9 @@ class RankBeats:
     """
 
     def __init__(self, folder: Path | None, ranks: int) -> None:
-        parent = folder or (Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else None)
-        _sweep(parent or Path(tempfile.gettempdir()))
-        self._folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
+        parent = folder or _parent()
+        sweep(parent)
+        self._folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}_", dir=parent))
         self._lock = os.open(self._folder, os.O_RDONLY)
         with contextlib.suppress(OSError):  # where nothing can be locked, nothing is swept away
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -136,11 +135,15 @@ class RankBeats:
         }
 
 
-def _sweep(parent: Path) -> None:
-    """Remove what killed agents left behind: folders whose lock nobody holds, but not one that is being made."""
-    for folder in parent.glob(f"{PREFIX}*"):
-        with contextlib.suppress(OSError):
-            if time.time() - folder.stat().st_mtime < YOUNG_S:
+def sweep(parent: Path | None = None) -> None:
+    """Remove what killed agents left on this machine: folders whose agent is gone and whose lock nobody holds.
+
+    Both are asked: between its making and its locking a folder is known by the process only, and an agent in a container with
+    process numbers of its own by the lock only.
+    """
+    for folder in (parent or _parent()).glob(f"{PREFIX}*"):
+        with contextlib.suppress(OSError, ValueError):
+            if Path(f"/proc/{int(folder.name.removeprefix(PREFIX).split('_')[0])}").exists():
                 continue
             lock = os.open(folder, os.O_RDONLY)
             try:
@@ -148,6 +151,10 @@ def _sweep(parent: Path) -> None:
                 shutil.rmtree(folder, ignore_errors=True)
             finally:
                 os.close(lock)
+
+
+def _parent() -> Path:
+    return Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else Path(tempfile.gettempdir())
 
 
 def _whole(memory: mmap.mmap) -> bytes:

@@ -14,6 +14,7 @@ from typing import Any
 
 from cluster.backends import JobState
 from cluster.config import LaunchConfig
+from cluster.heartbeats import sweep
 from cluster.layout import AGENT, NodeFacts, NodeTask, describe, node_tasks
 from cluster.network import hub_address
 from cluster.placement import Session
@@ -72,6 +73,7 @@ class LocalPlacement:
             time.sleep(0.02)
         for slot in list(self._processes):
             self._end(slot)
+        sweep()  # an agent that was killed cleared nothing away
 
     def _end(self, slot: int) -> None:
         """End the slot's agent and whatever it left: its ranks die with it, their helpers may not."""
