@@ -134,13 +134,14 @@ class Recovery:
     """Tells when a run is beyond where a fault met it: where an attempt must follow, by a step of that attempt."""
 
     def __init__(self, run: Run, restarts: bool) -> None:
-        self._run, self._restarts = run, restarts
+        self._run, self._restarts, self._restarted = run, restarts, False
         self._attempt, self.last = run.attempt(), run.step()
 
     def reached(self) -> bool:
         step = self._run.step()
-        if self._restarts and self._run.attempt() == self._attempt:  # ranks may go on for a while after their agent
+        if self._restarts and not self._restarted:  # ranks may go on for a while after their agent
             self.last = max(self.last, step)
+            self._restarted = self._run.attempt() != self._attempt
             return False
         return step > self.last
 
