@@ -37,8 +37,7 @@ class Owner:
     """Ownership, from construction to `close`."""
 
     def __init__(self, run_dir: Path, job: str, environment: Mapping[str, str] = os.environ) -> None:
-        """Raises: LaunchError that names the holder when the folder is in use; OSError when it cannot be written."""
-        run_dir.mkdir(parents=True, exist_ok=True)
+        """Raises: LaunchError that names the holder when the folder is in use, and why when it cannot be written."""
         self.path = owner_file(run_dir, job)
         self.session = secrets.token_hex(8)
         self._record: dict[str, Any] = {
@@ -53,12 +52,20 @@ class Owner:
         }
         self._next_beat = 0.0
         self._last_beat = time.monotonic()
-        self._lock = open(run_dir / f"{job}.lock", "a+")  # noqa: SIM115 - lives as long as the ownership
         try:
-            self._take(self._lock_file(run_dir))
-        except BaseException:
-            self._lock.close()
-            raise
+            run_dir.mkdir(parents=True, exist_ok=True)
+            self._lock = open(run_dir / f"{job}.lock", "a+")  # noqa: SIM115 - lives as long as the ownership
+            try:
+                self._take(self._lock_file(run_dir))
+            except BaseException:
+                self._lock.close()
+                raise
+        except OSError as error:
+            why = os.strerror(error.errno or 0)
+            raise LaunchError(
+                f"run folder {run_dir} cannot be written: {why}; it must be a folder on a disk with room that all nodes see; "
+                "choose another with --runs or name="
+            ) from None
 
     def fileno(self) -> int:
         return self._lock.fileno()

@@ -105,3 +105,9 @@ def test_a_record_that_cannot_be_read_is_somebody_elses(tmp_path: Path) -> None:
     (tmp_path / "owner.json").write_text("{")
     with pytest.raises(LaunchError, match="in use by another launcher"):
         Owner(tmp_path, "train", {})
+
+
+def test_a_folder_that_cannot_be_made_is_the_users_to_mend(tmp_path: Path) -> None:
+    (tmp_path / "runs").touch()
+    with pytest.raises(LaunchError, match=r"runs/a cannot be written: Not a directory; .*--runs"):
+        Owner(tmp_path / "runs" / "a", "train")
