@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from cluster.flags import LaunchError, build_parser
-from cluster.layout import ROOT
 
+ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "configs" / "cluster"
 NOT_OF_A_SITE = ("help", "cluster", "command", "in_job", "dry_run", "script", "detach", "multirun")
 SWITCH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
