@@ -25,7 +25,7 @@ setup(
     package_data={
         "configs": ["*.yaml", "*/*.yaml"],
         "data_pipeline": ["sources/physics/card.md"],
-        "trainer": ["observe/report.html"],
+        "trainer": ["report/page.html"],
         "cluster": ["monitoring/**/*.yml", "monitoring/**/*.yaml", "monitoring/**/*.json", "monitoring/*.yml", "monitoring/*.md"],
     },
     include_package_data=False,

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from benchmarks.table import Row
 
 # parts of the table, in its order; those of benchmarks/targets.py and growth are left out of --quick unless asked for
-OWN_SECTIONS = ("parts", "memory", "selection", "loader", "ranks")
+OWN_SECTIONS = ("parts", "memory", "selection", "loader", "recording", "ranks")
 TARGET_SECTIONS = ("decoder", "step", "ssync", "srl", "long_clip", "plan")
 SECTIONS = (*TARGET_SECTIONS, "growth", *OWN_SECTIONS)
 
@@ -41,7 +41,9 @@ published code: constants, not measured in this run (benchmarks/published.py); s
   decoder in its released form takes here and now.
 loading: {videos} videos of six clips, features only, just written (page cache, no disk). ClipLoader reads a clip's window with
   {threads} threads and checks CRC-32C; webdataset reads and decodes whole videos in one thread and checks nothing; the copy is
-  a memcpy of the same bytes of the shards into as many batches. Ratios to the copy are of speed, to webdataset of CPU time."""
+  a memcpy of the same bytes of the shards into as many batches. Ratios to the copy are of speed, to webdataset of CPU time.
+recording: every second update is recorded as a run does it by default, metrics, log lines, scrapes from another process
+  (benchmarks/observe_cost.py)."""
 CUDA_NOTE = "\nThe device is waited for at the ends of each part: parts that could overlap do not."
 
 
@@ -98,7 +100,7 @@ def measure_all(options: argparse.Namespace) -> dict[str, Any]:
     """Everything, one part after the other, so that none disturbs another."""
     import torch
 
-    from benchmarks import loader_cost, machine, rank_cost, ssync_cost, step_cost
+    from benchmarks import loader_cost, machine, observe_cost, rank_cost, ssync_cost, step_cost
 
     torch.set_num_threads(options.threads)
     shape = QUICK if options.quick else SHAPES[options.shape]
@@ -129,6 +131,10 @@ def measure_all(options: argparse.Namespace) -> dict[str, Any]:
     if "loader" in chosen:
         _say("loader")
         rows += loader_cost.rows(shape, run.model.feature_dim, steps)
+    if "recording" in chosen and device.type == "cpu":
+        _say("recording")
+        name = "quick" if options.quick else "demo"  # the shortest update of all: what recording takes is the same for every one
+        rows += observe_cost.rows(QUICK if options.quick else SHAPES[name], name, 30 * steps)
     if "ranks" in chosen:
         _say("ranks")
         rows += rank_cost.rows(5 * steps, run.parallel.zero_stage)

@@ -35,7 +35,7 @@ SHAPES = {
     "ytvis": Shape(overrides=("experiment=ssync_ytvis2021",), clips=1, frames=4, loader_grid=(37, 37), loader_videos=8),
     "coco": Shape(overrides=("experiment=ssync_coco2017",), clips=4, frames=1, loader_grid=(16, 16), loader_videos=96),
     "demo": Shape(
-        overrides=("model=demo", "data=synthetic", "objective=ssync", "optim=cosine_3k"),
+        overrides=("experiment=demo",),
         clips=8,
         frames=4,
         loader_grid=(12, 12),

@@ -31,6 +31,7 @@ COMMANDS = {
     "resume": "cluster.control:resume",
     "doctor": "cluster.doctor:main",
     "monitor": "cluster.monitor:main",
+    "profile": "cluster.profiling:main",
 }
 SWEEP = "cluster.sweep:main"  # (all words) -> exit code
 

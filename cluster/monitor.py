@@ -7,6 +7,8 @@ loopback unless told, keep their data under RUNS/.monitoring, and end with this 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import os
 import shutil
 import signal
@@ -16,20 +18,22 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from cluster.flags import LaunchError
 from cluster.processes import SignalPipe, die_with_parent, ended
 
 HERE = Path(__file__).resolve().parent / "monitoring"
-TARGETS = ".targets"  # data_pipeline.targets has the same name
+TARGETS, STALE_S = ".targets", 600.0  # data_pipeline.targets has the same: a live run touches its list every minute
+SWEEP_EVERY_S = 30.0
 DATA = ".monitoring"
 READY_S = 30.0
 HELP = """Start Prometheus (and Grafana where it is installed) on this machine for all runs of a folder, until Ctrl-C.
 
-Runs of that folder list themselves in RUNS/.targets from then on, those that run already with their next attempt. Alerts, and
-what to do about each: cluster/monitoring/runbook.md. For a Prometheus that a site has already: cluster/monitoring/README.md."""
+Runs of that folder list themselves in RUNS/.targets, those that run already within a minute. The list of a run that died without
+taking it back goes after ten minutes. Alerts, and what to do about each: cluster/monitoring/runbook.md. For a Prometheus that a
+site has already: cluster/monitoring/README.md."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -49,6 +53,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--port", type=int, default=9090, help="of Prometheus (default 9090)")
     parser.add_argument("--grafana-port", type=int, default=3000, help="of Grafana (default 3000)")
     parser.add_argument("--no-grafana", action="store_true", help="Prometheus alone")
+    parser.add_argument("--ca-file", metavar="FILE", help="who signed the certificates of runs with observe.metrics_access")
+    parser.add_argument("--server-name", metavar="NAME", help="the name in those certificates, where it is not the address")
+    parser.add_argument("--user", metavar="NAME", help="with --password-file: how these runs let Prometheus in")
+    parser.add_argument("--password-file", metavar="FILE", help="Prometheus reads it; it is not copied")
     parser.add_argument("--keep", default="30d", metavar="T", help="how long samples are kept (default 30d)")
     return parser
 
@@ -76,8 +84,8 @@ def main(words: Sequence[str]) -> int:
             print(f"Grafana     {url}/dashboards  (folder Slotstream)", flush=True)
         elif not options.no_grafana:
             print("Grafana     not installed here; the dashboards are in cluster/monitoring/grafana/dashboards", flush=True)
-        print(f"runs under {runs} are seen from their next attempt on; Ctrl-C ends this", flush=True)
-        return _watch({name: process for name, (process, _) in servers.items()})
+        print(f"runs under {runs} are seen within a minute; Ctrl-C ends this", flush=True)
+        return _watch({name: process for name, (process, _) in servers.items()}, runs / TARGETS)
     finally:
         for process, _ in servers.values():
             _end(process)
@@ -93,9 +101,26 @@ def _check_free(address: str, port: int, flag: str) -> None:
         raise LaunchError(f"{flag} {port} at {address}: {error}; a free port of this machine is needed; choose another") from None
 
 
-def render_config(runs: Path) -> str:
-    """prometheus.yml for one folder of runs: our own, with absolute paths."""
+def credentials(options: argparse.Namespace) -> dict[str, dict[str, str]]:
+    """What the scrape job says to runs with rules who may read them; files by absolute path. Raises LaunchError."""
+    if (options.user is None) != (options.password_file is None):
+        raise LaunchError("--user and --password-file belong together; give both, or neither")
+    for flag, path in (("--ca-file", options.ca_file), ("--password-file", options.password_file)):
+        if path is not None and not os.access(path, os.R_OK):
+            raise LaunchError(f"{flag} {path}; it must be a file that we can read; Prometheus needs it; mend the path")
+    tls = {"ca_file": options.ca_file and os.path.abspath(options.ca_file), "server_name": options.server_name}
+    basic = {"username": options.user, "password_file": options.password_file and os.path.abspath(options.password_file)}
+    found = {
+        name: {key: value for key, value in part.items() if value} for name, part in (("tls_config", tls), ("basic_auth", basic))
+    }
+    return {name: part for name, part in found.items() if part}
+
+
+def render_config(runs: Path, secrets: Mapping[str, Mapping[str, str]] | None = None) -> str:
+    """prometheus.yml for one folder of runs: our own, with absolute paths. `secrets`: see credentials()."""
     text = (HERE / "prometheus.yml").read_text()
+    job = "  - job_name: slotstream\n"
+    text = text.replace(job, job + "".join(f"    {name}: {json.dumps(part)}\n" for name, part in (secrets or {}).items()))
     text = text.replace("- rules/*.yml", f"- {HERE / 'rules' / '*.yml'}")
     return text.replace("- targets/*.json", f"- {runs / TARGETS / '*.json'}")
 
@@ -113,7 +138,7 @@ def _prometheus(binary: str, options: argparse.Namespace, runs: Path) -> subproc
     try:
         for folder in (runs / TARGETS, runs / DATA):
             folder.mkdir(parents=True, exist_ok=True)
-        (runs / DATA / "prometheus.yml").write_text(render_config(runs))
+        (runs / DATA / "prometheus.yml").write_text(render_config(runs, credentials(options)))
     except OSError as error:
         raise LaunchError(
             f"--runs {options.runs}: {error.strerror} ({error.filename}); it must be a folder we can write"
@@ -175,9 +200,25 @@ def _await_ready(process: subprocess.Popen[bytes], url: str, path: str, log: Pat
     raise LaunchError(f"{Path(log).stem} does not answer at {url}: {last}; see {log}; is the port taken? choose another port")
 
 
-def _watch(servers: dict[str, subprocess.Popen[bytes]]) -> int:
+def clear_dead(watched: Path) -> list[str]:
+    """Remove the lists of runs that died without taking them back: those that nobody has touched for long. Their names."""
+    gone = []
+    for path in sorted(watched.glob("slotstream-*.json")):
+        with contextlib.suppress(OSError):  # the run itself, or another one, was faster
+            if time.time() - path.stat().st_mtime > STALE_S:
+                path.unlink()
+                gone.append(path.name)
+    return gone
+
+
+def _watch(servers: dict[str, subprocess.Popen[bytes]], watched: Path) -> int:
     signals = SignalPipe((signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD))
+    next_sweep = 0.0
     while True:
+        if time.monotonic() >= next_sweep:
+            next_sweep = time.monotonic() + SWEEP_EVERY_S
+            for name in clear_dead(watched):
+                print(f"{name}: a run that died unheard; it is no longer asked for metrics", file=sys.stderr, flush=True)
         numbers, _ = signals.wait(1.0)
         if set(numbers) & {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}:
             return 0

@@ -70,13 +70,13 @@ def make_attempt(run_dir: Path) -> int:
             continue
 
 
-def withdraw_targets(run_dir: Path, watched: str | None) -> None:
-    """Take away the target lists of a run that has ended, in case rank 0 was killed before it could do so itself.
+def withdraw_targets(run_dir: Path, watched: str | None, name: str = "targets.json") -> None:
+    """Take away the target list `name` of a job that has ended, in case rank 0 was killed before it could do so itself.
 
     `watched` is the folder of observe.targets_dir where the command gave one, else a monitor's beside the run folder; the run's
     copy there has the same content.
     """
-    own = run_dir / "monitoring" / "targets.json"
+    own = run_dir / "monitoring" / name
     try:
         content = own.read_bytes()
     except FileNotFoundError:

@@ -28,6 +28,11 @@ from cluster.team import Team
 from cluster.verdict import Verdict, explain
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2, signal.SIGCHLD)
+TARGETS = {  # by job: the setting that names a watched folder, and the list in the run folder
+    "train": ("observe.targets_dir", "targets.json"),
+    "evaluate": ("", "targets_evaluate.json"),
+    "build-shards": ("targets_dir", "targets.json"),
+}
 TICK = 0.1
 CLAIM_WITHIN = 30.0
 TAKE_LEAVE_WITHIN = 15.0  # agents end their ranks in ten seconds when they are sent away
@@ -251,9 +256,8 @@ class Supervisor:
         folder = self._run_dir / "attempts" / str(group.attempt)
         try:
             write_json(folder / "verdict.json", verdict.as_dict())
-            key = {"train": "observe.targets_dir", "build-shards": "targets_dir"}.get(self._config.job)
-            if key is not None:
-                withdraw_targets(self._run_dir, override_value(self._config.overrides, key))
+            key, name = TARGETS[self._config.job]
+            withdraw_targets(self._run_dir, override_value(self._config.overrides, key), name)
         except OSError as error:
             say(f"the verdict cannot be written: {error}")
         self._note("verdict", attempt=group.attempt, outcome=verdict.outcome, code=verdict.exit_code, cause=verdict.cause,

@@ -6,21 +6,20 @@ targets_dir is set, so nothing is served there.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import socket
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, disable_created_metrics, generate_latest, start_http_server
+from prometheus_client import Counter, Gauge
 
 from data_pipeline import targets
 from data_pipeline.config import BuildConfig
-from data_pipeline.files import write_atomically
+from data_pipeline.metrics_access import AccessError
+from data_pipeline.metrics_server import MetricsServer
 
-REFRESH_S = 60.0  # of the target file, so that nobody takes the build for dead
+SCRAPE_WITHIN_S = 10.0  # a short build waits so long for Prometheus to see how it ended
 _COUNTERS = {
     "slotstream_build_videos_total": "Videos that this build has written, over all ranks.",
     "slotstream_build_frames_total": "Frames that this build has written, over all ranks.",
@@ -43,26 +42,19 @@ class BuildMetrics:
     """
 
     def __init__(self, config: BuildConfig, ranks: int) -> None:
-        disable_created_metrics()
         run_dir = os.environ.get("SLOTSTREAM_RUN_DIR")
         self._run = Path(run_dir) if run_dir else None
-        self._watched = targets.watched_folder(self._run or Path(config.out), config.targets_dir)
-        self._registry = CollectorRegistry()
-        self._counters = {name: Counter(name, text, registry=self._registry) for name, text in _COUNTERS.items()}
-        self._gauges = {name: Gauge(name, text, registry=self._registry) for name, text in _GAUGES.items()}
-        self._gauges["slotstream_build_ranks"].set(ranks)
+        self._listing: targets.Listing | None = None
         out = Path(config.out).absolute()
+        self._server = self._serve(config, out)
+        registry = self._server.registry
+        self._counters = {name: Counter(name, text, registry=registry) for name, text in _COUNTERS.items()}
+        self._gauges = {name: Gauge(name, text, registry=registry) for name, text in _GAUGES.items()}
+        self._gauges["slotstream_build_ranks"].set(ranks)
         info = {"out": out.name, "source": config.source.name, "codec": config.codec}
         info |= {"features": getattr(config.features, "name", "")}
-        Gauge("slotstream_build_info", "What is built; always 1.", list(info), registry=self._registry).labels(**info).set(1)
-        self._name = self._run.name if self._run else out.name
-        # Where there is no run folder, the copy in the watched folder is the only list; it is named after the shards' folder.
-        self._list = (self._run or out) / "monitoring" / "targets.json"
-        self._server: Any = None
+        Gauge("slotstream_build_info", "What is built; always 1.", list(info), registry=registry).labels(**info).set(1)
         self._told = dict.fromkeys(_COUNTERS, 0)
-        self._refreshed = 0.0
-        if self._run or self._watched:
-            self._serve(config.metrics_address)
 
     def begin(self, videos: int, shards: int) -> None:
         """`videos`: to be written now; `shards`: of all splits."""
@@ -79,42 +71,44 @@ class BuildMetrics:
             moved |= more > 0 and short == "videos"
         if moved:
             self._gauges["slotstream_build_last_progress_timestamp_seconds"].set(time.time())
-        if self._watched and self._server and time.monotonic() - self._refreshed > REFRESH_S:
-            self._refreshed = time.monotonic()
-            with contextlib.suppress(OSError):
-                os.utime(targets.watched_file(self._list, self._watched))
 
     def exposition(self) -> bytes:
         """The text that a scrape would get now."""
-        return generate_latest(self._registry)
+        return self._server.exposition()
 
     def __enter__(self) -> BuildMetrics:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._run is not None:
-            write_atomically(self._run / "monitoring" / "metrics_build.prom", self.exposition())
-        if self._server is not None:
-            targets.remove(self._list, self._watched)
-            self._server.shutdown()
-            self._server.server_close()
-            self._server = None
-
-    def _serve(self, address: str) -> None:
+        if self._listing is not None:
+            self._server.wait_for_scrape(SCRAPE_WITHIN_S, expected=self._listing.copy is not None)
+            self._listing.close()
         try:
-            self._server, _ = start_http_server(0, addr=address, registry=self._registry)
-            host = socket.gethostname() if address in ("0.0.0.0", "::") else address
-            target = f"{f'[{host}]' if ':' in host else host}:{self._server.server_port}"
-            attempt, node = os.environ.get("SLOTSTREAM_ATTEMPT", "1"), os.environ.get("SLOTSTREAM_NODE", socket.gethostname())
-            group = targets.target_group(target, run=self._name, attempt=attempt, node=node, rank=0)
-            if self._run is not None:
-                targets.write_targets(self._list, [group])
-                if self._watched:
-                    targets.link_into(self._list, self._watched)
-            else:
-                targets.write_targets(targets.watched_file(self._list, self._watched or self._list.parent), [group])
+            self._server.close(self._run and self._run / "monitoring" / "metrics_build.prom")
         except OSError as error:
-            print(f"no metrics: {error}; check metrics_address and targets_dir; the build goes on", file=sys.stderr, flush=True)
+            _warn(f"the last values of the metrics are lost: {error}; nothing else is")
+
+    def _serve(self, config: BuildConfig, out: Path) -> MetricsServer:
+        if not self._run and targets.watched_folder(out, config.targets_dir) is None:
+            return MetricsServer(None)
+        try:
+            server = MetricsServer(config.metrics_address, config.metrics_access)
+        except AccessError as error:
+            _warn(f"no metrics: {error.strerror}; mend it for the next call; the build goes on")
+            return MetricsServer(None)
+        except OSError as error:
+            _warn(f"no metrics: {error}; metrics_address must be one of this machine; the build goes on")
+            return MetricsServer(None)
+        attempt, node = os.environ.get("SLOTSTREAM_ATTEMPT", "1"), os.environ.get("SLOTSTREAM_NODE", socket.gethostname())
+        folder = self._run or out  # without a run folder the list is named after the shards' folder
+        group = targets.target_group(server.target, run=folder.name, attempt=attempt, node=node, rank=0, **server.labels)
+        path = folder / "monitoring" / "targets.json"
+        self._listing = targets.Listing(path, [group], config.targets_dir, _warn, in_run_folder=self._run is not None)
+        return server
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 __all__ = ["BuildMetrics"]

@@ -284,12 +284,14 @@ class BuildConfig:
     overwrite: bool = False  # False: go on with what is there
     check_space: bool = True  # False: begin although the shards seem not to fit on the disk
     metrics_address: str = "127.0.0.1"  # interface where rank 0 serves the build's progress to Prometheus
+    metrics_access: str | None = None  # a file: TLS, user and password for them (data_pipeline/metrics_access.py)
     targets_dir: str | None = None  # a folder that a long-lived Prometheus watches; the build is listed there while it works
 
     def __post_init__(self) -> None:
         check_path("out", self.out)
         check_path("root", self.root)
         check_path("targets_dir", self.targets_dir)
+        check_path("metrics_access", self.metrics_access)
         check_distinct("splits", self.splits)
         check_at_least("samples_per_shard", self.samples_per_shard, 1)
         check_at_least("workers", self.workers, 0)

@@ -2,22 +2,26 @@
 
 Comes in: the host:port of every rank. Goes out: `<run>/monitoring/targets.json`, written by rename, and a copy in a folder
 that a long-lived Prometheus watches. A copy, not a link: Prometheus notices changes in the folder it watches, not behind links.
+A copy that nobody has touched for ten minutes belongs to a run that died unheard: the next run, or a monitor, clears it away.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.files import write_atomically
 
-STALE_S = 3600.0  # a live run refreshes its file every minute or so; one this old belongs to a run that died unheard
+REFRESH_S = 60.0  # a live process touches its copy so often, whatever else it does
+STALE_S = 600.0  # cluster/monitor.py has the same; clocks of hosts and file servers may differ by minutes
 _PREFIX = "slotstream-"
 SHARED = ".targets"  # beside run folders: `cluster/launch.py monitor` makes it, and all runs there list themselves in it
 
@@ -41,36 +45,12 @@ def write_targets(path: Path | str, groups: Sequence[dict[str, Any]]) -> None:
     write_atomically(Path(path), (json.dumps(list(groups), indent=1) + "\n").encode())
 
 
-def link_into(path: Path | str, directory: Path | str) -> Path:
-    """Copy the run's target file into a watched folder, and clear away what dead runs left there."""
-    copy = watched_file(path, directory)
-    write_atomically(copy, Path(path).read_bytes())
-    clean_stale(directory)
-    return copy
-
-
 def watched_file(path: Path | str, directory: Path | str) -> Path:
-    """The run's file in a watched folder. Runs of one name in two places get two files, a run always the same one."""
-    run_dir = Path(path).absolute().parent.parent
-    name = re.sub(r"[^A-Za-z0-9_.-]", "_", run_dir.name)
+    """The list's copy in a watched folder. Runs of one name in two places get two files, a run always the same one."""
+    run_dir, which = Path(path).absolute().parent.parent, Path(path).stem.removeprefix("targets")
+    name = re.sub(r"[^A-Za-z0-9_.-]", "_", run_dir.name + which)
     digest = hashlib.sha256(str(run_dir).encode()).hexdigest()[:8]
     return Path(directory) / f"{_PREFIX}{name}-{digest}.json"
-
-
-def heartbeat(path: Path | str, directory: Path | str) -> None:
-    """Say that the run still lives; without it another run clears the copy away after an hour."""
-    copy = watched_file(path, directory)
-    if copy.exists():
-        os.utime(copy)
-    else:
-        link_into(path, directory)
-
-
-def remove(path: Path | str, directory: Path | str | None = None) -> None:
-    """Take the run's targets back, here and in the watched folder; nothing happens where there are none."""
-    if directory is not None:
-        watched_file(path, directory).unlink(missing_ok=True)
-    Path(path).unlink(missing_ok=True)
 
 
 def clean_stale(directory: Path | str, older_than_s: float = STALE_S) -> list[Path]:
@@ -86,15 +66,72 @@ def clean_stale(directory: Path | str, older_than_s: float = STALE_S) -> list[Pa
     return gone
 
 
-__all__ = [
-    "SHARED",
-    "STALE_S",
-    "clean_stale",
-    "heartbeat",
-    "link_into",
-    "remove",
-    "target_group",
-    "watched_file",
-    "watched_folder",
-    "write_targets",
-]
+class Listing:
+    """A process's list of targets, kept alive by a thread until `close`. It stops no run: what goes wrong is told to `warn`.
+
+    `path` is the run's monitoring/targets.json; `in_run_folder` False: there is none, the copy in the watched folder is the only
+    list. A monitor that is started later finds the run within a minute.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        groups: Sequence[dict[str, Any]],
+        asked: str | None,
+        warn: Callable[[str], None],
+        in_run_folder: bool = True,
+    ) -> None:
+        self._path, self._groups, self._asked = path, groups, asked
+        self._ended, self._writing = threading.Event(), threading.Lock()
+        for place in ([path] if in_run_folder else []) + ([copy] if (copy := self.copy) else []):
+            try:
+                write_targets(place, groups)
+            except OSError as error:
+                warn(cannot_list(place, error))
+        self._thread = threading.Thread(target=self._keep_fresh, name="targets", daemon=True)
+        self._thread.start()
+
+    @property
+    def copy(self) -> Path | None:
+        """Where a long-lived Prometheus finds this list; None where there is none."""
+        watched = watched_folder(self._path.parent.parent, self._asked)
+        return None if watched is None else watched_file(self._path, watched)
+
+    def refresh(self) -> None:
+        """Say that this process lives: touch the copy, or put it there anew; clear away what dead ones left. Raises OSError."""
+        copy = self.copy
+        if copy is None:
+            return
+        with self._writing:
+            try:
+                os.utime(copy)
+            except FileNotFoundError:
+                write_targets(copy, self._groups)
+        clean_stale(copy.parent)
+
+    def close(self) -> None:
+        """Take the list back, here and in the watched folder."""
+        self._ended.set()
+        self._thread.join()
+        for place in (self.copy, self._path):
+            if place is not None:
+                with contextlib.suppress(OSError):
+                    place.unlink()
+
+    def _keep_fresh(self) -> None:
+        while True:
+            with contextlib.suppress(OSError):
+                self.refresh()
+            if self._ended.wait(REFRESH_S):
+                return
+
+
+def cannot_list(place: Path, error: OSError) -> str:
+    """One line about a list that could not be written."""
+    return (
+        f"{place} cannot be written: {error.strerror}; Prometheus finds these metrics through it; "
+        "mend the folder or set observe.targets_dir; the work goes on"
+    )
+
+
+__all__ = ["SHARED", "STALE_S", "Listing", "clean_stale", "target_group", "watched_file", "watched_folder", "write_targets"]

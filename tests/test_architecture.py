@@ -120,6 +120,7 @@ def test_nothing_is_unpickled():
         ["-m", "trainer.main"],
         ["-m", "trainer.evaluate"],
         ["-m", "trainer.export"],
+        ["-m", "trainer.report"],
     ],
     ids=" ".join,
 )

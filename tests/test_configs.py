@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -69,6 +70,30 @@ PUBLISHED = {  # experiment: slots, slot width, features, image, lr, batch, step
     "ssync_ytvis2021": (7, 64, "dinov2_vitb14", 518, 8e-4, 128, 100_000, 1.0, 0.60),
     "ssync_coco2017": (7, 64, "dinov2_vits14", 224, 8e-4, 128, 100_000, 1.0, 0.90),
 }
+
+
+@pytest.mark.parametrize("name", [name for group, name in members("experiment") if name != "demo"])
+def test_published_scores_are_those_of_the_files_header(name):
+    header = (CONFIG_DIR / "experiment" / f"{name}.yaml").read_text().partition("Published: ")[2].partition("\n")[0]
+    published = compose("train", RunConfig, [f"experiment={name}"]).published
+    found = re.findall(r"(FG-ARI|mBO) (\d+\.\d)(?: \+- (\d+\.\d))?", header)
+    level = "frame" if "coco" in name else "video"
+    for part, place in ((published.percent, 1), (published.plus_minus, 2)):
+        wanted = {f"{level}_{'mbo' if pair[0] == 'mBO' else 'fg_ari'}": float(pair[place]) for pair in found if pair[place]}
+        assert {key: value for key, value in asdict(part).items() if value is not None} == wanted
+    assert len(found) == 2 and published.source
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["published.percent.video_ari_fg=3"], "video_fg_ari"),
+        (["published.percent.video_mbo=390"], "published video_mbo=390"),
+    ],
+)
+def test_a_published_score_that_cannot_be_one_is_refused(words, message):
+    with pytest.raises(ConfigError, match=message):
+        compose("train", RunConfig, words)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -11,6 +11,7 @@ from omegaconf import MISSING
 
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import ConfigError, check_at_least, check_choice, check_path
+from trainer.observe.profiler import parse_window
 
 
 @dataclass(kw_only=True)
@@ -280,17 +281,48 @@ class ObserveConfig:
     record_order: bool = False  # write order/rank*.jsonl
     metrics: bool = True  # serve Prometheus metrics from every rank
     metrics_address: str = "127.0.0.1"  # interface; loopback unless told
+    metrics_access: str | None = None  # a file outside the run: TLS, user and password (data_pipeline/metrics_access.py)
     targets_dir: str | None = None  # a folder that a long-lived Prometheus watches; targets are linked there
     mirror: list[str] = field(default_factory=list)  # tensorboard, wandb: rank 0 copies the run log there while it trains
+    profile: str | None = None  # steps[a:b]: a torch profile of updates a to b goes to runs/NAME/profile
+    profile_all_ranks: bool = False  # true: of every rank; false: of rank 0
     report: bool = True
-    report_videos: int = 4  # validation videos shown in the report
+    report_videos: int = 4  # validation videos shown in the report: those with the best and with the worst scores, half each
 
     def __post_init__(self) -> None:
         check_at_least("observe.log_every", self.log_every, 1)
         check_at_least("observe.report_videos", self.report_videos, 0)
         check_path("observe.targets_dir", self.targets_dir)
+        check_path("observe.metrics_access", self.metrics_access)
+        if self.profile is not None:
+            parse_window("observe.profile", self.profile)
         for name in self.mirror:
             check_choice("observe.mirror", name, ("tensorboard", "wandb"))
+
+
+@dataclass(kw_only=True)
+class PublishedScores:
+    """Units: percent, as papers print it; None: not reported."""
+
+    video_fg_ari: float | None = None
+    video_mbo: float | None = None
+    frame_fg_ari: float | None = None
+    frame_mbo: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("video_fg_ari", "video_mbo", "frame_fg_ari", "frame_mbo"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 100:
+                raise ConfigError(f"published {name}={value}; it is in percent, 0 to 100; change published.percent or plus_minus")
+
+
+@dataclass(kw_only=True)
+class PublishedConfig:
+    """What a paper reports for an experiment. The report shows it beside the run's own scores; nothing else reads it."""
+
+    source: str = ""  # method and data set, and who reports it
+    percent: PublishedScores = field(default_factory=PublishedScores)
+    plus_minus: PublishedScores = field(default_factory=PublishedScores)  # as printed beside it
 
 
 @dataclass(kw_only=True)
@@ -306,6 +338,7 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     observe: ObserveConfig = field(default_factory=ObserveConfig)
+    published: PublishedConfig = field(default_factory=PublishedConfig)
 
     def __post_init__(self) -> None:
         check_path("runs", self.runs)

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from trainer.config import EvaluationConfig, RunConfig
     from trainer.model.network import VideoSlotModel
     from trainer.model.outputs import ModelOutput
-    from trainer.observe.render import GalleryItem
     from trainer.preemption import StopRequest
+    from trainer.report.render import GalleryItem
 
 HELP = """python -m trainer.evaluate run=RUN_FOLDER [key=value ...]
 
@@ -64,12 +64,15 @@ def evaluate_model(
     from trainer import distributed
     from trainer.metrics.diagnostics import label_agreement, used_slots
     from trainer.objective.ssync import select
+    from trainer.report.choice import Candidates, merit
 
-    gallery: list[tuple[int, GalleryItem]] = []
+    shown: Candidates[GalleryItem] = Candidates(num_pictures)
+    seen: list[ModelOutput] = []  # of the newest video
     diagnosed: list[tuple[float, float]] = []
 
     def predict(batch: ClipBatch) -> dict[str, Tensor]:
         output = _segment(model, batch, config)
+        seen[:] = [output]
         if batch.num_real:
             objects, attended = output.object_logits[0].argmax(1), output.attn_logits[0].argmax(1)
             diagnosed.append((used_slots(objects, config.model.num_slots), label_agreement(attended, objects)))
@@ -78,15 +81,17 @@ def evaluate_model(
         if config.evaluate.merge:
             chosen = select(output.attn_logits, output.object_logits, output.grid, config.objective.ssync)
             labels = {name: chosen.slot_map[0][value.long()] for name, value in labels.items()}
-        if batch.num_real and batch.sample_ids[0] < num_pictures:
-            gallery.append((batch.sample_ids[0], _picture(output, batch, config)))
         return labels
 
-    scores, per_video = score(predict, loader, config, config.evaluate.maps, stop)
+    def offer(batch: ClipBatch, own: Mapping[str, float | None]) -> None:
+        if num_pictures:
+            shown.offer(batch.sample_ids[0], merit(own), lambda: _picture(seen[0], batch, config))
+
+    scores, per_video = score(predict, loader, config, config.evaluate.maps, stop, offer)
     found = [values for part in distributed.gather_objects(diagnosed) for values in part]
     if found:
         scores["used_slots"], scores["map_agreement"] = (math.fsum(values) / len(found) for values in zip(*found, strict=True))
-    return Evaluation(scores=scores, gallery=_gather_gallery(gallery, per_video), num_videos=len(per_video))
+    return Evaluation(scores=scores, gallery=_gather_gallery(shown.pictures, per_video, num_pictures), num_videos=len(per_video))
 
 
 def evaluate_baselines(
@@ -129,8 +134,12 @@ def score(
     config: RunConfig,
     names: list[str],
     stop: StopRequest | None = None,
+    scored: Callable[[ClipBatch, Mapping[str, float | None]], None] = lambda batch, own: None,
 ) -> tuple[dict[str, float], dict[int, dict[str, float | None]]]:
-    """Scores of every named prediction over all ranks, and each video's own scores of the first name. Collective."""
+    """Scores of every named prediction over all ranks, and each video's own scores of the first name. Collective.
+
+    `scored` hears each video's own scores of the first name as soon as they are known, on the rank that scored it.
+    """
     from trainer import distributed
     from trainer.metrics.segmentation import SegmentationScores, resize_ids
     from trainer.preemption import Interrupted
@@ -147,6 +156,7 @@ def score(
         truth = resize_ids(_truth(batch, loader), mask_size(config, batch))
         own = {name: tables[name].add(truth, labels[name]) for name in names}
         per_video[batch.sample_ids[0]] = own[names[0]]
+        scored(batch, own[names[0]])
     everyone = distributed.gather_objects(({name: table.state() for name, table in tables.items()}, per_video))
     merged: dict[str, float] = {}
     for name in names:
@@ -194,26 +204,38 @@ def _labels(maps: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tenso
 def _picture(output: ModelOutput, batch: ClipBatch, config: RunConfig) -> GalleryItem:
     """What the report shows of one video, as small arrays on the host."""
     from trainer.objective.ssync import select
-    from trainer.observe.render import GalleryItem
+    from trainer.report.render import MAPS, GalleryItem, shrink
 
     chosen = select(output.attn_logits, output.object_logits, output.grid, config.objective.ssync)
-    parts = {
-        name: getattr(chosen, name)[0].cpu().numpy()
-        for name in ("attn_labels", "object_labels", "merged_attn_labels", "merged_object_labels", "boundary", "interior")
-    }
+    maps = {name: getattr(chosen, name)[0].cpu().numpy() for name in MAPS}
     assert batch.frames is not None
     truth = None if batch.instance_ids is None else batch.instance_ids[0].numpy()
-    return GalleryItem(key=batch.keys[0], frames=batch.frames[0].numpy(), truth=truth, grid=batch.grid, scores={}, **parts)
+    return shrink(GalleryItem(key=batch.keys[0], frames=batch.frames[0].numpy(), truth=truth, grid=batch.grid, **maps))
 
 
-def _gather_gallery(own: list[tuple[int, GalleryItem]], per_video: Mapping[int, Mapping[str, float | None]]) -> list[GalleryItem]:
+def _gather_gallery(
+    own: Mapping[int, GalleryItem], per_video: Mapping[int, Mapping[str, float | None]], num_pictures: int
+) -> list[GalleryItem]:
+    """The best and the worst of all ranks' videos, best first, with their scores and places. Collective."""
     from dataclasses import replace
 
     from trainer import distributed
+    from trainer.report.choice import best_and_worst, merit
 
-    items = sorted((pair for part in distributed.gather_objects(own) for pair in part), key=lambda pair: pair[0])
-    shown = [(item, per_video.get(number, {})) for number, item in items]
-    return [replace(item, scores={key: value for key, value in scores.items() if value is not None}) for item, scores in shown]
+    merits = {number: merit(scores) for number, scores in per_video.items()}
+    chosen = best_and_worst(merits, num_pictures)
+    ranked = best_and_worst({number: value for number, value in merits.items() if value is not None}, len(merits))
+    parts = distributed.gather_objects({number: own[number] for number in chosen if number in own})
+    items = {number: item for part in parts for number, item in part.items()}
+    return [
+        replace(
+            items[number],
+            scores={key: value for key, value in per_video[number].items() if value is not None},
+            place=ranked.index(number) + 1 if number in ranked else 0,
+            num_videos=len(ranked),
+        )
+        for number in chosen
+    ]
 
 
 def main(argv: list[str]) -> int:
@@ -240,6 +262,7 @@ def evaluate_run(settings: EvaluationConfig) -> int:
     from trainer.build import Made, build_model, build_online, build_video_loader, check_extractor
     from trainer.engine import choose_device
     from trainer.observe.console import Console
+    from trainer.observe.serving import EvaluationMetrics
     from trainer.run_folder import read_config
 
     run = Path(settings.run)
@@ -261,9 +284,10 @@ def evaluate_run(settings: EvaluationConfig) -> int:
     model = build_model(config.model, config.seed).to(device)
     untrained = build_model(config.model, config.seed).to(device)
     checkpoint.load_weights(model, found)
-    with build_video_loader(config, world, online) as loader:
+    with EvaluationMetrics(config, run, world.rank) as metrics, build_video_loader(config, world, online) as loader:
         check_extractor(Made.of(loader.dataset, online), found.state.features)
         result = evaluate_model(model, loader, config)
+        metrics.scored(result.scores)
         baselines = evaluate_baselines(loader, config, untrained) if settings.baselines else {}
     if world.rank == 0:
         content = {

@@ -41,22 +41,30 @@ class StepReport:
 
 
 class Clock:
-    """Wall seconds by phase, added up. The heartbeat learns which phase it is."""
+    """Wall seconds by phase, added up. The heartbeat learns which phase it is, and a profiler, if there is one."""
+
+    watcher: Callable[[str | None], None] | None = None  # told the phase that begins, None where it ends (observe/profiler.py)
 
     def __init__(self, phase: str) -> None:
         self.seconds: dict[str, float] = {}
-        self._phase = phase
+        self._begin(phase)
         self._since = time.perf_counter()
-        heartbeat.mine().phase(phase)
 
     def enter(self, phase: str) -> None:
         """`phase` begins, the one before it ends."""
         self.stop()
+        self._begin(phase)
+
+    def _begin(self, phase: str) -> None:
         self._phase = phase
         heartbeat.mine().phase(phase)
+        if Clock.watcher is not None:
+            Clock.watcher(phase)
 
     def stop(self) -> dict[str, float]:
         """The phase ends; all seconds so far."""
+        if Clock.watcher is not None:
+            Clock.watcher(None)
         now = time.perf_counter()
         self.seconds[self._phase] = self.seconds.get(self._phase, 0.0) + now - self._since
         self._since = now

@@ -112,6 +112,7 @@ class Training:
             wait_s = waited.stop()["data"]
             lr = config.optim.lr * schedule(self.step, config.optim)
             stop, news = self._asked_to_stop, self.saver.has_news
+            self.observer.stepping(self.step + 1, batch)
             report = train_step(self.engine, self.objective, batch, shares, self.step, lr, stop, read, news)
             self.step += 1
             self.observer.stepped(self.step, report, batch, wait_s, lr, self.engine, self.loader)
@@ -175,7 +176,7 @@ class Training:
     def _evaluate(self, num_pictures: int = 0) -> evaluate.Evaluation:
         began = time.perf_counter()
         model = self.engine.plain_model(lambda: build_model(self.config.model, self.config.seed))
-        with build_video_loader(self.config, self.world, self.online) as loader:
+        with self.observer.evaluating(), build_video_loader(self.config, self.world, self.online) as loader:
             result = evaluate.evaluate_model(model, loader, self.config, num_pictures, self.stop)
         self.observer.evaluated(self.step, result, time.perf_counter() - began)
         return result
@@ -200,5 +201,5 @@ class Training:
     @heartbeat.during("evaluate")
     def _baselines(self) -> dict[str, dict[str, float]]:
         untrained = build_model(self.config.model, self.config.seed).to(self.device)
-        with build_video_loader(self.config, self.world, self.online) as loader:
+        with self.observer.evaluating(), build_video_loader(self.config, self.world, self.online) as loader:
             return evaluate.evaluate_baselines(loader, self.config, untrained, self.stop)

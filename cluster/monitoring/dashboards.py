@@ -61,9 +61,8 @@ def more_of(metric: str, by: str = "") -> str:
 
 
 # Narrower than what the viewer has chosen:
-ALONE, COMPUTING, FIRST = 'phase=~"data|forward",', 'phase=~"forward|backward",', 'rank="0",'
+COMPUTING, FIRST = 'phase=~"forward|backward",', 'rank="0",'
 MBO, FIRING = 'metric="video_mbo",', 'alertstate="firing",'
-OWN_TIME = f"sum without (phase) ({rate('slotstream_step_duration_seconds_sum', ALONE)})"
 RUN = [
     stat("Ranks up", "short", Query(f"sum({of('up')})", "up"), Query(f"max({of('slotstream_world_size')})", "of"),
          help="Ranks that answer, of those that train together."),
@@ -121,9 +120,8 @@ CLUSTER = [
     lines("Updates per second", "short", Query(f"max by (run) ({rate('slotstream_steps_total')})", "{{run}}")),
     lines("Clips per second by run", "short", Query(f"sum by (run) ({rate('slotstream_samples_total')})", "{{run}}")),
     lines("Ranks by run", "short", Query(f"max by (run) ({of('slotstream_world_size')})", "{{run}}")),
-    lines("Slowest rank against the median", "short",
-          Query(f"max by (run) ({OWN_TIME} / on (run, attempt) group_left () "
-                f"(quantile by (run, attempt) (0.5, {OWN_TIME}) > 0))", "{{run}}"),
+    lines("Slowest rank against the others", "short",
+          Query(f"max by (run) ({of('slotstream_straggler_ratio')})", "{{run}}"),
           help="Time that a rank needs before it meets the others. Well above 1: a straggler, and everybody waits."),
     lines("Waiting for data", "percentunit",
           Query(f"avg by (run) ({rate('slotstream_data_wait_seconds_total')})", "{{run}}"),

@@ -278,7 +278,7 @@ def test_a_training_as_status_shows_it(commands: Commands) -> None:
     assert (view["state"], view["step"], view["steps"], view["checkpoint"], view["problem"]) == ("done", 10, 10, 10, None)
 
 
-@pytest.mark.parametrize("command", ["status", "logs", "cancel", "resume", "doctor", "--multirun"])
+@pytest.mark.parametrize("command", ["status", "logs", "cancel", "resume", "profile", "doctor", "--multirun"])
 def test_help_needs_no_heavy_library(command: str) -> None:
     done = subprocess.run(
         [sys.executable, "-X", "importtime", *LAUNCH[1:], command, "--help"], capture_output=True, text=True, check=True

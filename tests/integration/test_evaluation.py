@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -87,7 +88,7 @@ def test_evaluations_leave_neither_open_files_nor_threads(begun):
     training = object.__new__(Training)
     training.config, training.world, training.step, training.stop = config, World(), 1, StopRequest()
     training.engine = SimpleNamespace(plain_model=lambda build: model)
-    training.observer = SimpleNamespace(evaluated=lambda *values: None)
+    training.observer = SimpleNamespace(evaluated=lambda *values: None, evaluating=nullcontext)
     training.device, training.online = torch.device("cpu"), None
 
     def held() -> tuple[int, int]:

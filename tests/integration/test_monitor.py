@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import socket
@@ -40,6 +41,9 @@ def start(runs: Path, port: int) -> subprocess.Popen[str]:
 @pytest.fixture
 def monitor(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
     port = free_port()
+    dead = targets.watched_file(tmp_path / "runs" / "dead" / "monitoring" / "targets.json", tmp_path / "runs" / targets.SHARED)
+    targets.write_targets(dead, [])
+    os.utime(dead, (1, 1))
     process = start(tmp_path / "runs", port)
     try:
         assert process.stdout and f":{port}" in process.stdout.readline(), process.stderr and process.stderr.read()
@@ -60,13 +64,18 @@ def test_runs_of_the_folder_are_seen(monitor: tuple[subprocess.Popen[str], int],
     watched = targets.watched_folder(run, None)
     assert watched == tmp_path / "runs" / ".targets"
     own = run / "monitoring" / "targets.json"
-    targets.write_targets(own, [targets.target_group("127.0.0.1:9", run="movi", attempt=1, node="node0", rank=0)])
-    targets.link_into(own, watched)
+    dead = targets.watched_file(tmp_path / "runs" / "dead" / "monitoring" / "targets.json", watched)
+    group = targets.target_group("127.0.0.1:9", run="movi", attempt=1, node="node0", rank=0)
+    listing = targets.Listing(own, [group], None, pytest.fail)
     deadline = time.monotonic() + PATIENCE
     while not (active := get(port, "targets?state=active")["activeTargets"]):
         assert time.monotonic() < deadline
         time.sleep(0.1)
     assert active[0]["labels"]["run"] == "movi"
+    listing.close()
+    while dead.exists():  # it died before the monitor began
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
     names = {rule["name"] for group in get(port, "rules")["groups"] for rule in group["rules"]}
     assert "SlotstreamStalled" in names and "run:slotstream_frames:rate5m" in names
     process.send_signal(signal.SIGINT)

@@ -7,38 +7,28 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import time
-import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from cluster.monitoring import dashboards
+from cluster.monitoring import check, dashboards
 from data_pipeline.build_metrics import BuildMetrics
 from data_pipeline.config import BuildConfig, FeaturesConfig, SourceConfig
+from tests.integration.faulty_server import FaultyServer
+from tests.integration.prometheus_server import MONITORING, PATIENCE, Prometheus, find_binaries, wait_until
 from tests.integration.tiny_run import arguments, make_shards
 from trainer.observe.prometheus import Exporter, StepStats
 
 ROOT = Path(__file__).resolve().parents[2]
-MONITORING = ROOT / "cluster" / "monitoring"
 DASHBOARDS = sorted((MONITORING / "grafana" / "dashboards").glob("*.json"))
 RANKS = 2
-PATIENCE = 120.0
 
 
 # -- without a server ------------------------------------------------------------------------------------------------------
-
-
-def expressions(dashboard: Path) -> list[tuple[str, str]]:
-    """(panel title, query) of a dashboard, as they are in the file."""
-    panels = json.loads(dashboard.read_text())["panels"]
-    return [(panel["title"], target["expr"]) for panel in panels for target in panel["targets"]]
 
 
 @pytest.fixture
@@ -49,15 +39,16 @@ def exposition() -> Iterator[str]:
     exporter.observe_log({"total": 1.0, "ssync_boundary": 0.5}, 0.1, 1e-3)
     exporter.checkpoint_saved(10, 0.1)
     exporter.score({"metric/video_fg_ari": 0.5})
+    exporter.straggler(1.0)
     with BuildMetrics(BuildConfig(source=SourceConfig(name="synthetic"), features=FeaturesConfig(), out="shards"), 1) as build:
-        yield exporter.exposition().decode() + build.exposition().decode()
+        yield exporter.server.exposition().decode() + build.exposition().decode()
     exporter.close()
 
 
 @pytest.mark.parametrize("dashboard", DASHBOARDS, ids=lambda path: path.stem)
 def test_dashboards_ask_only_for_metrics_that_a_rank_serves(dashboard: Path, exposition: str) -> None:
     served = set(re.findall(r"^(slotstream_\w+)", exposition, re.MULTILINE))
-    texts = [expr for _, expr in expressions(dashboard)]
+    texts = [query for name, _, query in check.panel_queries() if name == dashboard.stem]
     texts += [item["query"]["query"] for item in json.loads(dashboard.read_text())["templating"]["list"]]
     asked = {name for text in texts for name in re.findall(r"slotstream_\w+", text)}
     assert asked and not asked - served, "each a metric that a rank or a build serves"
@@ -91,68 +82,22 @@ def test_dashboards_are_complete(dashboard: Path) -> None:
 
 @pytest.fixture(scope="module")
 def binaries() -> tuple[str, str]:
-    found = shutil.which("prometheus"), shutil.which("promtool")
-    if found[0] and found[1]:
-        return found[0], found[1]
-    message = "prometheus and promtool are not installed (Debian: apt-get install prometheus)"
-    if os.environ.get("CI"):
-        pytest.fail(message)
-    pytest.skip(message)
-
-
-class Prometheus:
-    """A Prometheus server with our configuration, in a folder of its own."""
-
-    def __init__(self, binary: str, folder: Path) -> None:
-        self.config = folder / "prometheus.yml"
-        self.targets = folder / "targets"
-        self.targets.mkdir(parents=True)
-        self.config.write_text((MONITORING / "prometheus.yml").read_text().replace("_interval: 5s", "_interval: 500ms"))
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.url = f"http://127.0.0.1:{probe.getsockname()[1]}"
-        address = self.url.removeprefix("http://")
-        flags = [f"--config.file={self.config}", f"--storage.tsdb.path={folder / 'data'}", f"--web.listen-address={address}"]
-        with open(folder / "server.log", "w") as log:
-            self.process = subprocess.Popen([binary, *flags], stdout=log, stderr=subprocess.STDOUT)
-
-    def get(self, path: str, **parameters: str) -> Any:
-        """`data` of an API answer; an answer with an error status raises."""
-        with urllib.request.urlopen(f"{self.url}/api/v1/{path}?{urllib.parse.urlencode(parameters)}", timeout=10) as answer:
-            content = json.load(answer)
-        assert content["status"] == "success", content
-        return content["data"]
-
-    def query(self, expression: str) -> list[dict]:
-        return self.get("query", query=expression)["result"]
-
-    def active(self) -> list[dict]:
-        return self.get("targets", state="active")["activeTargets"]
-
-    def ready(self) -> bool:
-        try:
-            return bool(self.get("status/runtimeinfo"))
-        except OSError:
-            return False
+    return find_binaries()
 
 
 @pytest.fixture
 def prometheus(binaries: tuple[str, str], tmp_path: Path) -> Iterator[Prometheus]:
-    server = Prometheus(binaries[0], tmp_path / "prometheus")
-    try:
-        wait_until(server.ready, lambda: (tmp_path / "prometheus" / "server.log").read_text())
+    with Prometheus(binaries[0], tmp_path / "prometheus", minute_s=2.0) as server:
         yield server
-    finally:
-        server.process.terminate()
-        server.process.wait(30)
 
 
-def start_run(tmp_path: Path, targets_dir: Path) -> subprocess.Popen:
-    """A run of two nodes with one rank each that goes on until it is told to stop."""
-    data = make_shards(tmp_path / "data")
+def start_run(tmp_path: Path, targets_dir: Path, root: str) -> subprocess.Popen:
+    """A run of two nodes with one rank each that goes on until it is told to stop. Its shards come from a server, again and
+    again: the cache holds nothing for long."""
     more = ("observe.metrics=true", f"observe.targets_dir={targets_dir}", "observe.report=false", "optim.max_steps=1000000",
-            "evaluate.every_steps=20", "checkpoint.every_steps=50", "observe.record_order=false")  # fmt: skip
-    overrides = arguments(data, tmp_path / "runs", "watched", *more)[2:]
+            "evaluate.every_steps=20", "checkpoint.every_steps=50", "observe.record_order=false",
+            f"data.remote.cache_dir={tmp_path / 'cache'}", "data.remote.cache_bytes=1")  # fmt: skip
+    overrides = arguments(Path("unused"), tmp_path / "runs", "watched", f"data.root={root}", *more)[2:]
     command = [sys.executable, str(ROOT / "cluster" / "launch.py"), "--nodes", str(RANKS), "--gpus-per-node", "0", *overrides]
     with open(tmp_path / "launcher.log", "w") as log:
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "DS_ACCELERATOR": "cpu"})
@@ -169,17 +114,19 @@ def start_build(tmp_path: Path, targets_dir: Path) -> subprocess.Popen:
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "DS_ACCELERATOR": "cpu"})
 
 
-def wait_until(condition: Callable[[], Any], explain: Callable[[], str]) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        if time.monotonic() > deadline:
-            pytest.fail(f"not within {PATIENCE:g} s; {explain()[-4000:]}")
-        time.sleep(0.2)
+def rows_with_data(server: Prometheus, told: Callable[[], str]) -> list[check.Row]:
+    """Each query of each panel and rule with the most series that it had while this waits for all of them to have some."""
+    most: dict[check.Row, check.Row] = {}
 
+    def all_seen() -> bool:
+        ask = check.connect(server.url)
+        for row in check.panels(ask, window="5s") + check.rules(ask):
+            key = row._replace(series=0)
+            most[key] = max(row, most.get(key, row), key=lambda one: one.series)
+        return all(row.series for row in most.values())
 
-def concrete(expression: str, window: str = "5s") -> str:
-    """A dashboard's query with its variables filled in as Grafana does for "All"."""
-    return re.sub(r"\$(run|attempt|node)\b", ".*", expression.replace("$__rate_interval", window))
+    wait_until(all_seen, lambda: "\n".join(f"no data: {row}" for row in most.values() if not row.series) + told()[-1500:])
+    return list(most.values())
 
 
 @pytest.mark.slow
@@ -188,30 +135,55 @@ def test_prometheus_sees_every_rank_of_a_run_until_it_ends(
 ) -> None:
     checked = subprocess.run([binaries[1], "check", "config", str(prometheus.config)], capture_output=True, text=True)
     assert checked.returncode == 0, checked.stdout + checked.stderr
-    run, build = start_run(tmp_path, prometheus.targets), start_build(tmp_path, prometheus.targets)
-    try:
-        told = lambda: (tmp_path / "launcher.log").read_text() + (tmp_path / "build.log").read_text()  # noqa: E731
-        ended = lambda: run.poll() is not None or build.poll() is not None  # noqa: E731
-        wait_until(lambda: ended() or sum(t["health"] == "up" for t in prometheus.active()) == RANKS + 1, told)
-        assert not ended(), told()
-        _check_targets(prometheus.active())
-        _check_metrics(prometheus.active(), binaries[1])
-        for dashboard in DASHBOARDS:
-            for title, expression in expressions(dashboard):
-                missing = f"no data in {title!r}: {expression}"
-                wait_until(lambda e=expression: prometheus.query(concrete(e)), lambda m=missing: m)
-        assert {item["metric"]["rank"] for item in prometheus.query("rate(slotstream_steps_total[5s]) > 0")} == {"0", "1"}
-        assert {"watched", "shards"} == set(prometheus.get("label/run/values"))
-        run.send_signal(signal.SIGTERM)
-        build.send_signal(signal.SIGTERM)
-        assert run.wait(PATIENCE) == build.wait(PATIENCE) == 75, told()
-        wait_until(lambda: not prometheus.active(), lambda: f"targets that stay: {prometheus.active()}")
-        assert not list(prometheus.targets.iterdir())
-    finally:
-        for process in (run, build):
-            if process.poll() is None:
-                process.kill()
-                process.wait(PATIENCE)
+    with FaultyServer(make_shards(tmp_path / "data")) as shards:
+        run, build = start_run(tmp_path, prometheus.targets, shards.url), start_build(tmp_path, prometheus.targets)
+        try:
+            told = lambda: (tmp_path / "launcher.log").read_text() + (tmp_path / "build.log").read_text()  # noqa: E731
+            ended = lambda: run.poll() is not None or build.poll() is not None  # noqa: E731
+            wait_until(lambda: ended() or sum(t["health"] == "up" for t in prometheus.active()) == RANKS + 1, told)
+            assert not ended(), told()
+            _check_targets(prometheus.active())
+            _check_metrics(prometheus.active(), binaries[1])
+            rows = rows_with_data(prometheus, told)
+            print("\n" + check.table(rows))
+            assert {row.group for row in rows} == {"run", "cluster", "data", "recording", "alerting"}
+            _check_command(prometheus)
+            assert {item["metric"]["rank"] for item in prometheus.query("rate(slotstream_steps_total[5s]) > 0")} == {"0", "1"}
+            run.send_signal(signal.SIGTERM)
+            build.send_signal(signal.SIGTERM)
+            assert run.wait(PATIENCE) == build.wait(PATIENCE) == 75, told()
+            wait_until(lambda: not prometheus.active(), lambda: f"targets that stay: {prometheus.active()}")
+            assert not list(prometheus.targets.iterdir())
+            _check_evaluation(prometheus, tmp_path)
+        finally:
+            for process in (run, build):
+                if process.poll() is None:
+                    process.kill()
+                    process.wait(PATIENCE)
+
+
+def _check_command(prometheus: Prometheus) -> None:
+    """What a user gets who chooses a run that there is not, or a Prometheus that there is not."""
+    command = [sys.executable, "-m", "cluster.monitoring.check", "--url"]
+    for words, told in (
+        ([prometheus.url, "--run", "nobody"], "known: shards, watched"),
+        (["http://127.0.0.1:9"], "no Prometheus"),
+    ):
+        done = subprocess.run([*command, *words], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
+        assert done.returncode == 2 and told in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def _check_evaluation(prometheus: Prometheus, tmp_path: Path) -> None:
+    """A job of a second or two: Prometheus has its scores, and they stay in the run folder."""
+    run = tmp_path / "runs" / "watched"
+    command = [sys.executable, str(ROOT / "cluster" / "launch.py"), "evaluate", "--gpus-per-node", "0", f"run={run}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, env={**os.environ, "DS_ACCELERATOR": "cpu"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    scores = json.loads((run / "evaluation.json").read_text())["scores"]
+    (seen,) = prometheus.query('last_over_time(slotstream_score{attempt="2",metric="video_mbo"}[5m])')
+    assert float(seen["value"][1]) == pytest.approx(scores["video_mbo"])
+    assert "slotstream_score" in (run / "monitoring" / "metrics_evaluate.prom").read_text()
+    wait_until(lambda: not prometheus.active(), lambda: f"targets that stay: {prometheus.active()}")
 
 
 def _check_targets(active: list[dict]) -> None:
@@ -229,3 +201,18 @@ def _check_metrics(active: list[dict], promtool: str) -> None:
         assert checked.returncode == 0, checked.stdout + checked.stderr
         series = [line for line in text.decode().splitlines() if line and not line.startswith("#")]
         assert len(series) <= 60
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_where_its_metrics_can_neither_be_served_nor_kept(tmp_path: Path) -> None:
+    (tmp_path / "runs" / "blind").mkdir(parents=True)
+    (tmp_path / "runs" / "blind" / "monitoring").write_text("a file where the folder should be")
+    for address, told in (("203.0.113.7", "serves no metrics"), ("127.0.0.1", "targets.json cannot be written")):
+        more = ("observe.metrics=true", f"observe.metrics_address={address}", "optim.max_steps=2")
+        data = tmp_path / "data" if (tmp_path / "data").exists() else make_shards(tmp_path / "data")
+        command = [sys.executable, *arguments(data, tmp_path / "runs", "blind", *more)]
+        environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE)
+        assert done.returncode == 0 and told in done.stderr and "Traceback" not in done.stderr, done.stderr
+        shutil.rmtree(tmp_path / "runs" / "blind" / "checkpoints")
+        (tmp_path / "runs" / "blind" / "DONE").unlink()

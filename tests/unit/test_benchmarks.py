@@ -85,6 +85,14 @@ def test_loader_stands_beside_a_copy_and_webdataset(report):
     assert rows[4]["ratio"] == 1 and rows[9]["ratio"] == pytest.approx(0.5 + 1 / 10)  # tiny tokens: a scale is a tenth of one
 
 
+def test_updates_with_and_without_recording_stand_side_by_side(report):
+    plain, recorded, alone, line, scrape = section(report, "recording")
+    assert plain["cpu_ms"] > 0 and recorded["ratio"] == pytest.approx(recorded["cpu_ms"] / plain["cpu_ms"], rel=0.5)
+    assert 0 < alone["share"] == pytest.approx(alone["cpu_ms"] / plain["cpu_ms"], rel=0.5)
+    assert alone["cpu_ms"] < plain["cpu_ms"] and line["cpu_ms"] > 0 and scrape["cpu_ms"] > 0
+    assert "asked < 0.5 %" in alone["beside"]
+
+
 def test_the_table_prints_what_the_file_holds(report):
     text, figures = report
     lines = text.splitlines()

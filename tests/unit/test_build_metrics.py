@@ -12,7 +12,15 @@ from fake_build import FakeExtractor, FakeSource, config_for, fake_extractor, fa
 from prometheus_client.parser import text_string_to_metric_families
 
 from data_pipeline import build as build_module
+from data_pipeline import build_metrics
 from data_pipeline.build import build
+
+
+@pytest.fixture(autouse=True)
+def no_prometheus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody will scrape: do not wait for it."""
+    monkeypatch.setattr(build_metrics, "SCRAPE_WITHIN_S", 0.0)
+
 
 source = pytest.fixture(fake_source, name="source")
 extractor = pytest.fixture(fake_extractor, name="extractor")

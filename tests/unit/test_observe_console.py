@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import io
+import re
 
 import pytest
 
 from trainer.observe.console import Console, format_seconds, format_table
-from trainer.observe.score_table import score_table
+from trainer.report.score_table import score_table
 
 VALUES = {
     "loss/total": 0.123456,
@@ -79,6 +80,74 @@ def test_a_terminal_gets_one_bar_and_clean_lines_above_it(monkeypatch):
     console.close()
     text = stream.getvalue()
     assert "4/10" in text and "loss 0.1235" in text and "a note [not markup]" in text
+
+
+def test_restarts_are_in_the_line_where_there_were_any():
+    lines = []
+    for restarts in (0, 1, 2):
+        stream = io.StringIO()
+        Console(10, stream=stream, restarts=restarts).update(1, VALUES)
+        lines.append(stream.getvalue())
+    assert "restart" not in lines[0] and "· 1 restart ·" in lines[1] and "· 2 restarts ·" in lines[2]
+
+
+@pytest.mark.parametrize(
+    ("columns", "shown"),
+    [
+        (200, "loss 0.1235 · rec 0.1 bound 0.25 · 123 clips/s · data wait 15 % · 3 restarts ·"),
+        (100, "loss 0.1235 · 123 clips/s · data wait 15 % · 3 restarts ·"),
+        (80, "loss 0.1235 · 123 clips/s · 3 restarts ·"),
+        (66, "loss 0.1235 · 123 clips/s ·"),
+        (50, "loss 0.1235 ·"),
+    ],
+)
+def test_a_narrow_terminal_goes_without_the_least_wanted(monkeypatch, columns, shown):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", str(columns))
+    stream = Terminal()
+    console = Console(1000, stream=stream, restarts=3, clock=iter(range(100)).__next__)
+    console.start()
+    console.update(500, VALUES)
+    console.close()
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue())
+    last = [line for line in re.split(r"[\r\n]", text) if "500/1000" in line][-1]
+    assert last.partition("500/1000 ")[2].startswith(shown) and last.rstrip().endswith("to go")
+
+
+def test_a_terminal_is_drawn_a_few_times_a_second(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    stream, now = Terminal(), [0.0]
+    console = Console(1000, stream=stream, clock=lambda: now[0])
+    console.start()
+    for step in range(1, 101):
+        now[0] += 0.01  # a second in all
+        console.update(step, VALUES)
+    drawn = stream.getvalue().count("/1000")
+    console.close()
+    assert 3 <= drawn <= 6 and "100/1000" in stream.getvalue()
+
+
+def test_the_summary_says_what_this_attempt_did():
+    now, stream = [0.0], io.StringIO()
+    console = Console(400, stream=stream, clock=lambda: now[0], restarts=1)
+    console.start(100)
+    for step, speed in ((200, 10.0), (400, 20.0)):  # 100 and 200 updates of 200 ms
+        now[0] += 30.0
+        console.update(
+            step, VALUES | {"speed/clips_per_s": speed, "mem/peak_gib": 1.5 if step == 200 else 1.25, "data/skipped": 2}
+        )
+    console.summary("run demo is done", [("folder", "runs/demo")])
+    text = stream.getvalue().partition("run demo is done\n")[2]
+    assert "updates  300 behind 100 of earlier attempts in 1:00, 1 restart\n" in text
+    assert "speed    16.7 clips/s, 15 % of the time waiting for data\n" in text
+    assert "memory   1.50 GiB" in text and "loss     0.1235 · rec 0.1 bound 0.25\n" in text
+    assert "replaced on rank 0: 2\n" in text and "folder   runs/demo\n" in text
+
+
+def test_a_summary_of_nothing_has_no_empty_rows():
+    stream = io.StringIO()
+    Console(400, stream=stream).summary("run demo is done")
+    assert [line.split()[0] for line in stream.getvalue().split("\n") if line] == ["run", "updates"]
 
 
 def test_table_columns_align():

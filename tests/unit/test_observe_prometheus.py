@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from data_pipeline.shard_files import FileCounters
 from trainer.observe.prometheus import MAX_SERIES, PHASES, SCORES, Exporter, StepStats, most_series
 
-TERMS = ("feature_reconstruction", "slot_contrast", "ssync_boundary", "ssync_interior")
+TERMS = ("feature_reconstruction", "slot_contrast", "srl_decoder", "srl_encoder", "srl_regulariser")
 NAMES = [
     "slotstream_steps_total",
     "slotstream_samples_total",
@@ -34,7 +34,8 @@ NAMES = [
     "slotstream_checkpoint_bytes",
     "slotstream_checkpoint_duration_seconds",
     "slotstream_checkpoint_every_steps",
-    "slotstream_peer_wait_seconds_total",
+    "slotstream_straggler_ratio",
+    "slotstream_evaluating",
     "slotstream_restarts_total",
     "slotstream_shard_hits_total",
     "slotstream_shard_misses_total",
@@ -53,7 +54,9 @@ NAMES = [
 @pytest.fixture
 def exporter(tmp_path):
     info = {"git_sha": "abc", "config-hash": "1"}
-    made = Exporter(rank=0, world_size=3, run_dir=tmp_path, loss_terms=TERMS, run_info=info, restarts=2, checkpoint_every=100)
+    made = Exporter(
+        rank=0, world_size=3, run_dir=tmp_path, loss_terms=TERMS, run_info=info, restarts=2, preemptions=1, checkpoint_every=100
+    )
     yield made
     made.close()
 
@@ -65,6 +68,7 @@ def use_everything(exporter: Exporter) -> None:
     exporter.checkpoint_saved(size_bytes=1234, seconds=0.7)
     exporter.checkpoint_verify_failed()
     exporter.score({f"metric/{name}": 0.5 for name in SCORES} | {"metric/video_miou": 0.1})
+    exporter.straggler(1.5)
     exporter.skipped(2)
     exporter.nonfinite()
     exporter.preempted()
@@ -77,7 +81,7 @@ def step_of(**changes) -> StepStats:
 
 
 def scrape(exporter: Exporter) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
-    with urllib.request.urlopen(f"http://{exporter.target}/metrics", timeout=10) as answer:
+    with urllib.request.urlopen(f"http://{exporter.server.target}/metrics", timeout=10) as answer:
         text = answer.read().decode()
     families = text_string_to_metric_families(text)
     return {(one.name, tuple(sorted(one.labels.items()))): one.value for family in families for one in family.samples}
@@ -93,7 +97,7 @@ def test_a_scrape_over_http_gives_what_was_recorded(exporter):
     assert found["slotstream_step_duration_seconds_sum", (("phase", "forward"),)] == pytest.approx(7.1)
     assert found["slotstream_step_duration_seconds_bucket", (("le", "+Inf"), ("phase", "forward"))] == 2
     assert found["slotstream_step_duration_seconds_bucket", (("le", "5.0"), ("phase", "forward"))] == 1
-    assert found["slotstream_loss", (("term", "ssync_boundary"),)] == 0.5
+    assert found["slotstream_loss", (("term", "srl_regulariser"),)] == 0.5
     assert found["slotstream_score", (("metric", "video_fg_ari"),)] == 0.5
     assert found["slotstream_samples_skipped_total", ()] == 2 and found["slotstream_checkpoint_bytes", ()] == 1234
     assert found["slotstream_memory_bytes", (("kind", "host"),)] > 10**6
@@ -119,11 +123,12 @@ def test_what_fetching_cost_is_counted_from_totals(exporter):
     assert [found[f"slotstream_shard_{name}_total", ()] for name in names] == [6, 1, 1000, 2]
 
 
-def test_restarts_and_the_wait_for_slower_ranks_are_told(exporter):
-    exporter.observe_step(step_of(peer_wait_s=0.5))
-    exporter.observe_step(step_of(peer_wait_s=-1e-9))
+def test_what_happened_before_this_attempt_and_the_straggler_are_told(exporter):
+    exporter.straggler(1.25)
+    exporter.preempted()
     found = scrape(exporter)
-    assert found["slotstream_restarts_total", ()] == 2 and found["slotstream_peer_wait_seconds_total", ()] == 0.5
+    assert found["slotstream_restarts_total", ()] == 2 and found["slotstream_preemptions_total", ()] == 2
+    assert found["slotstream_straggler_ratio", ()] == 1.25
     assert found["slotstream_checkpoint_every_steps", ()] == 100
 
 
@@ -132,17 +137,33 @@ def test_a_dying_run_waits_for_the_scrape_that_tells_why(exporter):
     exporter.nonfinite()
     seen = []
     with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(exporter.wait_for_scrape, 30.0)
+        waiting = pool.submit(exporter.server.wait_for_scrape, 30.0)
         while not waiting.done():
             seen.append(scrape(exporter)["slotstream_nonfinite_total", ()])
         assert waiting.result() and seen[-1] == 1
 
 
+def test_evaluating_is_told_while_it_lasts(exporter):
+    with exporter.evaluating():
+        assert scrape(exporter)["slotstream_evaluating", ()] == 1
+    assert scrape(exporter)["slotstream_evaluating", ()] == 0
+
+
+def test_a_short_job_waits_to_be_seen_once(exporter):
+    """Nobody has asked yet; where somebody is known to watch, it is waited for."""
+    assert not exporter.server.wait_for_scrape(at_most_s=0.0, expected=True)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(exporter.server.wait_for_scrape, 30.0, True)
+        while not waiting.done():
+            scrape(exporter)
+        assert waiting.result()
+
+
 def test_nobody_waits_for_a_scrape_where_there_is_no_prometheus(exporter):
-    exporter.exposition()
-    assert not exporter.wait_for_scrape(at_most_s=1e9)
+    exporter.server.exposition()
+    assert not exporter.server.wait_for_scrape(at_most_s=1e9)
     scrape(exporter)
-    assert not exporter.wait_for_scrape(at_most_s=0.0)
+    assert not exporter.server.wait_for_scrape(at_most_s=0.0)
 
 
 def test_every_promised_name_is_there(exporter):
@@ -184,30 +205,32 @@ def test_counters_only_rise(exporter):
 
 def test_close_keeps_the_last_values_and_frees_the_port(exporter, tmp_path):
     use_everything(exporter)
-    text = exporter.exposition()
+    text = exporter.server.exposition()
     exporter.close()
     exporter.close()
     assert (tmp_path / "monitoring" / "metrics_rank0.prom").read_bytes() == text
     with pytest.raises(urllib.error.URLError):
-        urllib.request.urlopen(f"http://127.0.0.1:{exporter.port}/metrics", timeout=2)
+        urllib.request.urlopen(f"http://127.0.0.1:{exporter.server.port}/metrics", timeout=2)
 
 
 def test_two_exporters_of_one_process_do_not_mix(exporter):
     other = Exporter(rank=1)
     exporter.nonfinite()
-    assert other.port != exporter.port and scrape(other)["slotstream_nonfinite_total", ()] == 0
+    assert other.server.port != exporter.server.port and scrape(other)["slotstream_nonfinite_total", ()] == 0
     other.close()
 
 
 def test_a_wildcard_address_is_published_as_the_machine(monkeypatch):
     monkeypatch.setattr("socket.gethostname", lambda: "trainer7")
     exporter = Exporter(address="0.0.0.0")
-    assert exporter.target == f"trainer7:{exporter.port}"
+    assert exporter.server.target == f"trainer7:{exporter.server.port}"
     exporter.close()
 
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
 def test_promtool_finds_no_fault_with_the_names(exporter):
     use_everything(exporter)
-    checked = subprocess.run(["promtool", "check", "metrics"], input=exporter.exposition(), capture_output=True, timeout=60)
+    checked = subprocess.run(
+        ["promtool", "check", "metrics"], input=exporter.server.exposition(), capture_output=True, timeout=60
+    )
     assert checked.returncode == 0, (checked.stdout + checked.stderr).decode()

@@ -1,4 +1,4 @@
-"""What the user sees while a run works: one bar in a terminal, plain lines with a small bar elsewhere, tables at the end.
+"""What the user sees while a run works: one bar in a terminal, plain lines with a small bar elsewhere, a summary at the end.
 
 Comes in: a step and the values of its run-log line. Goes out: text on stderr (or the given stream). Only rank 0 passes
 `enabled=True`.
@@ -12,7 +12,8 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
-from trainer.observe.score_table import percent, score_table
+from trainer.observe.totals import Totals
+from trainer.report.score_table import percent, score_table
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -27,6 +28,9 @@ _SHORT = {
     "srl_regulariser": "reg",
 }
 _PLAIN_BAR_WIDTH = 20
+_BAR_WIDTH = 16
+_REFRESH_S = 0.25  # drawing the bar takes milliseconds
+_LEAST_WANTED = ("terms", "wait", "restarts", "speed")  # what a narrow terminal goes without, in this order
 
 
 class Console:
@@ -38,36 +42,44 @@ class Console:
         enabled: bool = True,
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
+        restarts: int = 0,
     ) -> None:
+        """`restarts`: attempts of this run before this one."""
         self.total_steps = total_steps
+        self.restarts = restarts
         self.enabled = enabled
         self.stream = stream or sys.stderr
         self._clock = clock
         self._recent: deque[tuple[float, int]] = deque(maxlen=20)  # (time, step) of the last updates: ETA without the start-up
+        self._totals, self._began, self._drawn = Totals(), clock(), float("-inf")
         self._bar: Progress | None = _rich_bar(total_steps, self.stream) if enabled and self.stream.isatty() else None
 
     def start(self, step: int = 0) -> None:
         """The clock of the ETA runs from here; `step` = updates already done, for example by an earlier attempt."""
         self._recent.clear()
-        self._recent.append((self._clock(), step))
+        self._began = self._clock()
+        self._recent.append((self._began, step))
+        self._totals.begin(step)
         if self._bar is not None:
             self._bar.start()
-            self._bar.update(self._bar.task_ids[0], completed=step, text="")
+            self._draw(step, "")
 
     def update(self, step: int, values: Mapping[str, Any]) -> None:
-        """Show `step` with its loss and terms, clips/s, share of time spent waiting for data, and time to go."""
+        """Show `step` with its loss and terms, clips/s, share of time spent waiting for data, restarts, and time to go."""
         if not self.enabled:
             return
         if not self._recent:
             self.start(step)
-        text = " · ".join(summary(values))
-        eta = format_seconds(self._eta(step))
+        self._totals.add(step, values)
+        words = progress_words(values) | ({"restarts": counted(self.restarts, "restart")} if self.restarts else {})
+        words["eta"] = f"{format_seconds(self._eta(step))} to go"
         if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=step, text=f"{text} · {eta} to go")
+            taken = _BAR_WIDTH + 2 * len(str(self.total_steps)) + 4
+            self._draw(step, " · ".join(fitting(words, self._bar.console.width - taken)))
         else:
             width = len(str(self.total_steps))
             line = f"{_plain_bar(step, self.total_steps)} step {step:>{width}}/{self.total_steps}"
-            self._write(f"{line}  {text + ' · ' if text else ''}{eta} to go")
+            self._write(f"{line}  {' · '.join(words.values())}")
         self._recent.append((self._clock(), step))
 
     def note(self, text: str) -> None:
@@ -87,6 +99,17 @@ class Console:
         table = score_table(values)
         return self.table(title, ["", *table.columns], table.cells())
 
+    def summary(self, title: str, more: Sequence[tuple[str, str]] = ()) -> None:
+        """The end of a run: what it did in this attempt, and `more` rows of what is where."""
+        done, took = self._totals.last - self._totals.first, format_seconds(self._clock() - self._began)
+        before = f" behind {self._totals.first:,} of earlier attempts" if self._totals.first else ""
+        again = f", {counted(self.restarts, 'restart')}" if self.restarts else ""
+        losses = progress_words(self._totals.values)
+        shown = [("loss", " · ".join(losses[name].removeprefix("loss ") for name in ("loss", "terms") if name in losses))]
+        rows = [("updates", f"{done:,}{before} in {took}{again}"), *shown, *self._totals.rows(), *more]
+        if self.enabled:
+            self._write("\n".join([f"\n{title}", *(f"  {name:<8} {text}" for name, text in rows if text), ""]))
+
     def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
@@ -96,6 +119,13 @@ class Console:
         done = step - first
         return (self._clock() - then) / done * (self.total_steps - step) if done > 0 else None
 
+    def _draw(self, step: int, text: str) -> None:
+        assert self._bar is not None
+        now = self._clock()
+        if due := now - self._drawn > _REFRESH_S:
+            self._drawn = now
+        self._bar.update(self._bar.task_ids[0], completed=step, text=text, refresh=due)
+
     def _write(self, text: str) -> None:
         if self._bar is not None:
             self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -104,18 +134,31 @@ class Console:
             self.stream.flush()
 
 
-def summary(values: Mapping[str, Any]) -> list[str]:
-    """The few words of a progress line, from run-log keys; what is absent is left out."""
-    words = [f"loss {values['loss/total']:.4g}"] if "loss/total" in values else []
+def progress_words(values: Mapping[str, Any]) -> dict[str, str]:
+    """The few words of a progress line by what they tell, from run-log keys; what is absent is left out."""
+    words = {"loss": f"loss {values['loss/total']:.4g}"} if "loss/total" in values else {}
     terms = {key[5:]: value for key, value in values.items() if key.startswith("loss/") and key != "loss/total"}
     if terms:
-        words.append(" ".join(f"{_SHORT.get(name, name)} {value:.4g}" for name, value in terms.items()))
+        words["terms"] = " ".join(f"{_SHORT.get(name, name)} {value:.4g}" for name, value in terms.items())
     if "speed/clips_per_s" in values:
-        words.append(f"{values['speed/clips_per_s']:.3g} clips/s")
+        words["speed"] = f"{values['speed/clips_per_s']:.3g} clips/s"
     share = data_wait_share(values)
     if share is not None:
-        words.append(f"data wait {100 * share:.0f} %")
+        words["wait"] = f"data wait {100 * share:.0f} %"
     return words
+
+
+def fitting(words: Mapping[str, str], width: int) -> list[str]:
+    """The words that fit into so many columns with " · " between them, the least wanted left out first."""
+    kept = dict(words)
+    for name in _LEAST_WANTED:
+        if len(" · ".join(kept.values())) > width:
+            kept.pop(name, None)
+    return list(kept.values())
+
+
+def counted(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def data_wait_share(values: Mapping[str, Any]) -> float | None:
@@ -165,14 +208,14 @@ def _rich_bar(total_steps: int, stream: TextIO) -> Progress:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     bar = Progress(
-        BarColumn(bar_width=24),
+        BarColumn(bar_width=_BAR_WIDTH),
         MofNCompleteColumn(),
         TextColumn("{task.fields[text]}"),
         console=RichConsole(file=stream),
-        refresh_per_second=4,
+        auto_refresh=False,  # a thread that draws would take time from the steps
     )
     bar.add_task("train", total=total_steps, text="")
     return bar
 
 
-__all__ = ["Console", "data_wait_share", "format_seconds", "format_table", "percent", "summary"]
+__all__ = ["Console", "data_wait_share", "format_seconds", "format_table", "percent", "progress_words"]

@@ -6,15 +6,12 @@ Rank 0 writes metrics.jsonl and the report and owns the console; every rank serv
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
-import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 
-from data_pipeline import targets
 from data_pipeline.batch import ClipBatch
 from data_pipeline.loader import ClipLoader
 from data_pipeline.order import World
@@ -23,15 +20,14 @@ from trainer.config import RunConfig
 from trainer.engine import Engine
 from trainer.evaluate import Evaluation
 from trainer.metrics.throughput import Meter
-from trainer.objective import terms_of
 from trainer.observe.console import Console
 from trainer.observe.mirror import Follower
-from trainer.observe.prometheus import MAX_LOSS_TERMS, Exporter, StepStats
-from trainer.observe.report import write_report
+from trainer.observe.profiler import Profiler
+from trainer.observe.prometheus import StepStats
 from trainer.observe.run_log import RunLog
+from trainer.observe.serving import ServedRank, earlier_attempts, straggler_ratio
+from trainer.report.page import write_report
 from trainer.step import StepReport
-
-HEARTBEAT_S = 60.0
 
 
 class Observer:
@@ -39,17 +35,21 @@ class Observer:
         self.config, self.world, self.run, self.attempt = config, world, run, attempt
         self.is_main = world.rank == 0
         self.counts_clips = world.rank % config.parallel.patch_ranks == 0  # ranks that share clips: the first speaks for all
-        self.console = Console(config.optim.max_steps, enabled=self.is_main)
+        restarts = earlier_attempts(run, attempt)[0] if self.is_main else 0
+        self.console = Console(config.optim.max_steps, enabled=self.is_main, restarts=restarts)
         self.meter = Meter()
-        self._watched = targets.watched_folder(run, config.observe.targets_dir)
+        asked = config.observe.profile, config.observe.profile_all_ranks
+        self.profiler = Profiler(run, world.rank, *asked, stops_at=self._next_pause, say=self.console.note)
         self.log: RunLog | None = None
         self.order: RunLog | None = None
         self.mirror: Follower | None = None
-        self.exporter = self._export() if config.observe.metrics else None
+        self.served = ServedRank(config, world, run, attempt) if config.observe.metrics else None
+        self.exporter = self.served.exporter if self.served else None
         self._skipped = 0
         self._phases: dict[str, float] = {}  # seconds since the last log line
+        self._own_s = 0.0  # likewise: what this rank took before it met the others
         self._steps = 0
-        self._heartbeat = time.monotonic()
+        self._sizes: dict[str, int] = {}  # of the data set and the model; they go into the first log line of the attempt
 
     # -- told by the training loop ----------------------------------------------------------------------------------------
 
@@ -60,6 +60,7 @@ class Observer:
             if self.config.observe.mirror:
                 self.mirror = Follower(self.config.observe.mirror, self.run)
             clips, shards = len(loader.dataset), len(loader.dataset.index.shards)
+            self._sizes = {"data/videos": clips, "data/shards": shards, "model/parameters": num_parameters}
             begin = f"going on from checkpoint of step {step}" if step else "starting at step 0"
             self.console.note(
                 f"run {self.run.name}, attempt {self.attempt}: {begin}; {num_parameters / 1e6:.2f} M parameters, "
@@ -69,6 +70,7 @@ class Observer:
         if self.config.observe.record_order:
             self._begin_order(step)
         self.console.start(step)
+        self.profiler.stepped(step)
         self.meter.restart()
 
     def _begin_order(self, step: int) -> None:
@@ -82,6 +84,13 @@ class Observer:
                 if rank >= self.world.size or rank % share:
                     RunLog(path, resume_step=step).close()
 
+    def stepping(self, step: int, batch: ClipBatch) -> None:
+        """Update number `step` (1 is the first) begins. Its samples are on record before any rank can save it, so that a rank
+        that is killed leaves no gap; where it was not applied, the run goes on before it and its line is taken back."""
+        if self.order is not None:
+            real = slice(batch.num_real)
+            self.order.write(step, {"ids": list(batch.sample_ids[real]), "positions": list(batch.positions[real])})
+
     def stepped(
         self, step: int, report: StepReport, batch: ClipBatch, wait_s: float, lr: float, engine: Engine, loader: ClipLoader
     ) -> None:
@@ -91,14 +100,12 @@ class Observer:
         self._steps += 1
         for phase, seconds in report.seconds.items():
             self._phases[phase] = self._phases.get(phase, 0.0) + seconds
-        if self.order is not None:
-            real = slice(batch.num_real)
-            self.order.write(step, {"ids": list(batch.sample_ids[real]), "positions": list(batch.positions[real])})
+        self._own_s += wait_s + report.seconds.get("forward", 0.0)
         if self.exporter is not None:
             phases = {"data": wait_s, **report.seconds}
-            waited = phases.pop("exchange", 0.0)
+            phases.pop("exchange", None)
             frames, depth = clips * batch.num_frames, loader.queue_depth()
-            self.exporter.observe_step(StepStats(clips, frames, phases, wait_s, depth, loader.position, batch.epoch, waited))
+            self.exporter.observe_step(StepStats(clips, frames, phases, wait_s, depth, loader.position, batch.epoch))
             self.exporter.shard_files(loader.file_counters)
             if loader.skipped > self._skipped:
                 self.exporter.skipped(loader.skipped - self._skipped)
@@ -108,6 +115,8 @@ class Observer:
         self._skipped = loader.skipped
         if step % self.config.observe.log_every == 0 or step == self.config.optim.max_steps or report.stop:
             self._logged(step, report, lr, engine, batch.epoch)
+        if self.profiler.stepped(step):
+            self.meter.restart()
 
     def saved(self, step: int, num_bytes: int, seconds: float, stall_s: float) -> None:
         """The checkpoint of `step` lies on the disk; it took so long, of which the training loop waited `stall_s`."""
@@ -132,6 +141,12 @@ class Observer:
             self.exporter.checkpoint_verify_failed()
         self.console.note(f"warning: {text}")
 
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Validation videos are scored inside."""
+        with self.exporter.evaluating() if self.exporter is not None else contextlib.nullcontext():
+            yield
+
     def evaluated(self, step: int, result: Evaluation, seconds: float) -> None:
         scores = {f"metric/{name}": value for name, value in result.scores.items()}
         if self.log is not None:
@@ -149,7 +164,10 @@ class Observer:
         if result is not None:
             self._score_table(step, result, baselines)
         if self.is_main and self.config.observe.report:
-            self.console.note(f"report: {write_report(self.run, result.gallery if result else [])}")
+            self._report(result)
+        self.console.summary(f"run {self.run.name} is done", [("folder", str(self.run))])
+        if self.served is not None:
+            self.served.wait_until_seen()  # the last scores of a short run would come and go between two scrapes
 
     def preempted(self, step: int, kind: str) -> None:
         if self.exporter is not None:
@@ -162,23 +180,36 @@ class Observer:
     def non_finite(self) -> None:
         if self.exporter is not None:
             self.exporter.nonfinite()
-            self.exporter.wait_for_scrape()  # the run ends now, and would take the news along
+        if self.served is not None:
+            self.served.wait_until_seen()  # the run ends now, and would take the news along
             with contextlib.suppress(RuntimeError):
                 distributed.barrier()  # a rank that left would have the others stopped while they wait
 
     def close(self) -> None:
+        self.profiler.close()
         self.console.close()
         for log in (self.log, self.order):
             if log is not None:
                 log.close()
         if self.mirror is not None:
             self.mirror.close()
-        if self.exporter is not None:
-            if self.is_main:
-                targets.remove(self._targets_file, self._watched)
-            self.exporter.close()
+        if self.served is not None:
+            self.served.close()
 
     # -- inside -----------------------------------------------------------------------------------------------------------
+
+    def _next_pause(self, step: int) -> int:
+        """The first update after `step` behind which the loop evaluates or ends: a profile holds neither."""
+        every, last = self.config.evaluate.every_steps, self.config.optim.max_steps
+        return min(last, step + every - step % every) if every else last
+
+    def _report(self, result: Evaluation | None) -> None:
+        """A page that cannot be made is no reason to fail a run that has ended well."""
+        try:
+            self.console.note(f"report: {write_report(self.run, result.gallery if result else [])}")
+        except Exception as error:  # whatever it is: the run is done, and the page can be made again
+            again = f"python -m trainer.report {self.run}"
+            self.console.note(f"warning: the report cannot be written: {type(error).__name__}: {error}; try {again}")
 
     def _score_table(self, step: int, result: Evaluation, baselines: Mapping[str, Mapping[str, float]]) -> None:
         flat = {f"baseline/{name}/{key}": value for name, table in baselines.items() for key, value in table.items()}
@@ -187,10 +218,6 @@ class Observer:
         scores = {f"metric/{name}": value for name, value in result.scores.items()}
         title = f"{self.run.name}: {result.num_videos} validation videos after {step} steps, in %"
         self.console.score_table(scores | flat, title)
-
-    @property
-    def _targets_file(self) -> Path:
-        return self.run / "monitoring" / "targets.json"
 
     def _logged(self, step: int, report: StepReport, lr: float, engine: Engine, epoch: int) -> None:
         losses = {"total": report.total, **report.terms}
@@ -201,34 +228,15 @@ class Observer:
         values |= {f"time/{phase}_ms": 1e3 * seconds / self._steps for phase, seconds in self._phases.items()}
         self._phases, self._steps = {}, 0
         if self.log is not None:
-            self.log.write(step, values)
+            self.log.write(step, values | self._sizes)
+            self._sizes = {}
         self.console.update(step, values)
         if self.exporter is not None:
             self.exporter.observe_log(losses, norm, lr)
             if engine.device.type == "cuda":
                 self.exporter.device_memory(torch.cuda.max_memory_allocated(engine.device))
-        if self.is_main and self._watched and time.monotonic() - self._heartbeat > HEARTBEAT_S:
-            targets.heartbeat(self._targets_file, self._watched)
-            self._heartbeat = time.monotonic()
-
-    def _export(self) -> Exporter:
-        """Serve this rank's metrics; rank 0 publishes where all of them are. Collective."""
-        config = self.config
-        exporter = Exporter(
-            rank=self.world.rank,
-            world_size=self.world.size,
-            address=config.observe.metrics_address,
-            run_dir=self.run,
-            loss_terms=terms_of(config.objective)[:MAX_LOSS_TERMS],
-            run_info={"name": config.name, "features": config.data.features, "seed": str(config.seed)},
-            restarts=self.attempt - 1,
-            checkpoint_every=config.checkpoint.every_steps,
-        )
-        node = os.environ.get("SLOTSTREAM_NODE", "node0")
-        own = targets.target_group(exporter.target, run=self.run.name, attempt=self.attempt, node=node, rank=self.world.rank)
-        groups = distributed.gather_objects(own)
-        if self.is_main:
-            targets.write_targets(self._targets_file, groups)
-            if self._watched:
-                targets.link_into(self._targets_file, self._watched)
-        return exporter
+        if self.served is not None:  # every rank: they exchange their times
+            ratio = straggler_ratio(self._own_s, self.world, engine.device)
+            if self.exporter is not None and ratio is not None:
+                self.exporter.straggler(ratio)
+        self._own_s = 0.0

@@ -9,26 +9,17 @@ Labels that say where a rank runs (run, attempt, node, rank) come from the targe
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from prometheus_client import (
-    CollectorRegistry,
-    Counter,
-    Gauge,
-    Histogram,
-    disable_created_metrics,
-    generate_latest,
-    start_http_server,
-)
-from prometheus_client.metrics_core import Metric
+from prometheus_client import Counter, Gauge, Histogram
 
-from data_pipeline.files import write_atomically
+from data_pipeline.metrics_server import MetricsServer
 from data_pipeline.shard_files import FileCounters
 
 PHASES = ("data", "forward", "backward", "optimizer")
@@ -36,7 +27,7 @@ SCORES = ("video_fg_ari", "video_mbo", "frame_fg_ari", "frame_mbo")  # the close
 MEMORY_KINDS = ("host", "device")  # host: resident set; device: peak of what the allocator held
 BUCKETS_S = (0.5, 5.0)  # with +Inf 3 buckets: 4 phases x (3 + sum + count) are 20 of the 60 series
 MAX_SERIES = 60
-MAX_LOSS_TERMS = 4  # beside the total: what the other series leave room for. metrics.jsonl holds all of a run's terms
+MAX_LOSS_TERMS = 5  # beside the total: what the other series leave room for. metrics.jsonl holds all of a run's terms
 
 _GAUGES = {
     "slotstream_last_step_timestamp_seconds": "When this rank finished its last update, seconds since 1970.",
@@ -50,6 +41,8 @@ _GAUGES = {
     "slotstream_checkpoint_duration_seconds": "How long the newest checkpoint took.",
     "slotstream_checkpoint_every_steps": "Updates from one checkpoint to the next, as configured.",
     "slotstream_world_size": "Ranks that train together.",
+    "slotstream_straggler_ratio": "Own time of this rank since the last log line, over the median of the others.",
+    "slotstream_evaluating": "1 while validation videos are scored, else 0.",
 }
 _LABELLED_GAUGES = {
     "slotstream_loss": ("term", "Loss over the global batch by term; total is the weighted sum. Rank 0 only."),
@@ -62,11 +55,10 @@ _COUNTERS = {
     "slotstream_frames_total": "Frames of this rank that went into applied updates.",
     "slotstream_nonfinite_total": "Updates refused because a loss or gradient was not finite.",
     "slotstream_data_wait_seconds_total": "Time in which this rank waited for its loader.",
-    "slotstream_peer_wait_seconds_total": "Time in the first exchange of updates, waiting for slower ranks; CPU runs only.",
     "slotstream_samples_skipped_total": "Damaged samples that were replaced by the next readable one.",
     "slotstream_checkpoint_verify_failures_total": "Checkpoints found whose content is not what their manifest says.",
     "slotstream_checkpoint_save_failures_total": "Checkpoints that could not be written; the run went on or ended.",
-    "slotstream_preemptions_total": "Requests to stop that this process received and obeyed.",
+    "slotstream_preemptions_total": "Requests to stop that this run obeyed, in earlier attempts too.",
     "slotstream_restarts_total": "Attempts of this run before this one.",
     "slotstream_shard_hits_total": "Shards that were in the cache when they were wanted; a local disk counts nothing.",
     "slotstream_shard_misses_total": "Shards that had to be fetched.",
@@ -94,25 +86,14 @@ class StepStats:
     queue_depth: int | None = None
     position: int | None = None
     epoch: int | None = None
-    peer_wait_s: float = 0.0
-
-
-class _Registry(CollectorRegistry):
-    """Remembers when it was last read."""
-
-    read_at = float("-inf")  # time.monotonic()
-
-    def collect(self) -> Iterator[Metric]:
-        self.read_at = time.monotonic()
-        yield from super().collect()
 
 
 class Exporter:
     """Metrics of one rank, served from a daemon thread.
 
     `loss_terms` is the closed set of label `term` ("total" is added), empty on ranks other than 0. `run_info` holds the
-    labels of `slotstream_run_info`, for example {"git_sha": ..., "config_hash": ..., "dataset_version": ...}. `restarts`:
-    attempts before this one. `checkpoint_every`: updates from one checkpoint to the next.
+    labels of `slotstream_run_info`, for example {"git_sha": ..., "config_hash": ..., "dataset_version": ...}. `restarts`
+    and `preemptions`: those before this attempt. `checkpoint_every`: updates from one checkpoint to the next.
     Raises ValueError when the terms would take the rank past 60 series, OSError when `address` is not one of this machine.
     """
 
@@ -122,19 +103,20 @@ class Exporter:
         rank: int = 0,
         world_size: int = 1,
         address: str = "127.0.0.1",
+        access: str | None = None,
         run_dir: Path | None = None,
         loss_terms: Sequence[str] = (),
         run_info: Mapping[str, str] | None = None,
         restarts: int = 0,
+        preemptions: int = 0,
         checkpoint_every: int | None = None,
     ) -> None:
-        disable_created_metrics()  # a _created series beside each counter and histogram says nothing that Prometheus needs
         self.rank = rank
-        self.address = address
         self.final_path = None if run_dir is None else Path(run_dir) / "monitoring" / f"metrics_rank{rank}.prom"
         self.loss_terms = tuple(dict.fromkeys(["total", *loss_terms])) if rank == 0 else ()
         self._check_budget()
-        self.registry = _Registry()
+        self.server = MetricsServer(address, access)
+        self.registry = self.server.registry
         self._counters = {name: Counter(name, text, registry=self.registry) for name, text in _COUNTERS.items()}
         steps = Histogram(
             "slotstream_step_duration_seconds",
@@ -151,16 +133,10 @@ class Exporter:
         self._set("slotstream_world_size", world_size)
         if checkpoint_every is not None:
             self._set("slotstream_checkpoint_every_steps", checkpoint_every)
+        self._set("slotstream_evaluating", 0)
         self._counters["slotstream_restarts_total"].inc(max(0, restarts))
+        self._counters["slotstream_preemptions_total"].inc(preemptions)
         self._files = FileCounters()
-        self._server, self._thread = start_http_server(0, addr=address, registry=self.registry)
-        self.port: int = self._server.server_port
-
-    @property
-    def target(self) -> str:
-        """host:port that a Prometheus elsewhere can reach: the machine's name where the address is a wildcard."""
-        host = socket.gethostname() if self.address in ("0.0.0.0", "::", "") else self.address
-        return f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}"
 
     def observe_step(self, stats: StepStats) -> None:
         """After each applied update."""
@@ -169,7 +145,6 @@ class Exporter:
         count["slotstream_samples_total"].inc(stats.samples)
         count["slotstream_frames_total"].inc(stats.frames)
         count["slotstream_data_wait_seconds_total"].inc(max(0.0, stats.data_wait_s))
-        count["slotstream_peer_wait_seconds_total"].inc(max(0.0, stats.peer_wait_s))
         for phase, seconds in stats.phases.items():
             self._phases[phase].observe(seconds)
         self._set("slotstream_last_step_timestamp_seconds", time.time())
@@ -190,6 +165,19 @@ class Exporter:
         if learning_rate is not None:
             self._set("slotstream_learning_rate", learning_rate)
         self._set("slotstream_memory_bytes", _resident_bytes(), "host")
+
+    def straggler(self, ratio: float) -> None:
+        """This rank's own time over the median of the other ranks'."""
+        self._set("slotstream_straggler_ratio", ratio)
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Validation videos are scored inside."""
+        self._set("slotstream_evaluating", 1)
+        try:
+            yield
+        finally:
+            self._set("slotstream_evaluating", 0)
 
     def device_memory(self, peak_bytes: int) -> None:
         """Peak memory that the device's allocator held."""
@@ -229,38 +217,9 @@ class Exporter:
     def preempted(self) -> None:
         self._counters["slotstream_preemptions_total"].inc()
 
-    def exposition(self) -> bytes:
-        """The text that a scrape would get now."""
-        before = self.registry.read_at
-        text = generate_latest(self.registry)
-        self.registry.read_at = before  # this was no scrape
-        return text
-
-    def wait_for_scrape(self, at_most_s: float = 15.0, recent_s: float = 120.0) -> bool:
-        """Before the process ends for a reason that its metrics name: wait until Prometheus has seen it. Returns whether it has.
-
-        Returns at once where nobody has asked for the metrics within `recent_s` seconds.
-        """
-        began = time.monotonic()
-        if began - self.registry.read_at > recent_s:
-            return False
-        while self.registry.read_at <= began:
-            if time.monotonic() - began > at_most_s:
-                return False
-            time.sleep(0.05)
-        time.sleep(0.2)  # the answer is on its way
-        return True
-
     def close(self) -> None:
-        """Keep the last values in the run folder, then stop serving. May be called twice."""
-        if self._server is None:
-            return
-        if self.final_path is not None:
-            write_atomically(self.final_path, self.exposition())
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join(timeout=5)
-        self._server = None  # type: ignore[assignment]
+        """Stop serving; keep the last values in the run folder. May be called twice. Raises OSError where they cannot be."""
+        self.server.close(self.final_path)
 
     def _set(self, name: str, value: float, label: str | None = None) -> None:
         gauge = self._gauges.get(name)

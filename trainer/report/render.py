@@ -1,13 +1,13 @@
 """Pictures of what the slots do: frames, truth, attention and object maps, before and after merging, boundary, interior.
 
-Comes in: a GalleryItem, all NumPy. Goes out: one picture per video, a row per thing and a column per frame. NumPy and Pillow
-only; no torch, so that a report can be rendered anywhere.
+Comes in: a GalleryItem, all NumPy. Goes out: a row of pictures per thing, and one sheet per video with a column per frame. NumPy
+and Pillow only; no torch, so that a report can be rendered anywhere.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -25,8 +25,10 @@ PALETTE = np.array(
 )  # fmt: skip
 BOUNDARY_COLOUR = (213, 94, 0)
 INTERIOR_COLOUR = (0, 114, 178)
-MAX_FRAMES = 8
-CELL = 132  # pixels of a picture's longer side
+MAX_FRAMES = 8  # of a sheet
+MAX_FILM_FRAMES = 24  # of an animation: what a page can carry
+CELL = 140  # pixels of a picture's longer side
+MAPS = ("attn_labels", "object_labels", "merged_attn_labels", "merged_object_labels", "boundary", "interior")
 _GAP = 4
 _GUTTER = 176  # captions
 _INK = (32, 33, 36)
@@ -40,7 +42,8 @@ class GalleryItem:
 
     Shapes: frames uint8 (T, H, W, 3); truth integer (T, h, w) of any size, 0 = background, None = not annotated;
     label maps integer (T, P) before and after merging; boundary and interior boolean (T, P); grid = (Y, X), P = Y*X
-    row-major. The merged maps and the two sets may be None: their rows are then left out.
+    row-major. The merged maps and the two sets may be None: their rows are then left out. `times` are the frames' numbers in
+    the video; empty: all of it. `place` is 1 for the best of `num_videos` videos; 0: they were not ranked.
     """
 
     key: str
@@ -54,6 +57,9 @@ class GalleryItem:
     boundary: np.ndarray | None = None
     interior: np.ndarray | None = None
     scores: Mapping[str, float | None] = field(default_factory=dict)
+    times: tuple[int, ...] = ()
+    place: int = 0
+    num_videos: int = 0
 
     def __post_init__(self) -> None:
         num_frames, patches = self.frames.shape[0], self.grid[0] * self.grid[1]
@@ -62,7 +68,9 @@ class GalleryItem:
             raise ValueError(f"video {self.key}: frames are {got}; uint8 [T, H, W, 3] is needed")
         if self.truth is not None and (self.truth.ndim != 3 or self.truth.shape[0] != num_frames):
             raise ValueError(f"video {self.key}: truth is {list(self.truth.shape)}; [{num_frames}, h, w] is needed")
-        for name in ("attn_labels", "object_labels", "merged_attn_labels", "merged_object_labels", "boundary", "interior"):
+        if self.times and len(self.times) != num_frames:
+            raise ValueError(f"video {self.key}: {len(self.times)} times for {num_frames} frames; one for each is needed")
+        for name in MAPS:
             value = getattr(self, name)
             if value is not None and value.shape != (num_frames, patches):
                 raise ValueError(f"video {self.key}: {name} is {list(value.shape)}; [T, P] = [{num_frames}, {patches}] is needed")
@@ -77,10 +85,26 @@ class Row:
     cells: np.ndarray
 
 
+def shrink(item: GalleryItem, max_frames: int = MAX_FILM_FRAMES, cell: int = CELL) -> GalleryItem:
+    """The same video in the size and with the frames that a report shows: what is gathered and stored of it."""
+    chosen = choose_frames(len(item.frames), max_frames)
+    size = cell_size(item.frames.shape[1:3], cell)
+    if max(size) > max(item.frames.shape[1:3]):
+        size = item.frames.shape[1:3]  # small frames stay as they are
+    parts = {name: value[chosen] for name in MAPS if (value := getattr(item, name)) is not None}
+    return replace(
+        item,
+        frames=np.stack([_resize_frame(item.frames[t], size) for t in chosen]),
+        truth=None if item.truth is None else _nearest(item.truth[chosen], size),
+        times=tuple(item.times[t] if item.times else t for t in chosen),
+        **parts,
+    )
+
+
 def render_item(item: GalleryItem, max_frames: int = MAX_FRAMES, cell: int = CELL) -> Image.Image:
     """The whole picture of one video: a row per thing with its caption, a column per chosen frame."""
     chosen = choose_frames(len(item.frames), max_frames)
-    return _assemble(rows_of(item, chosen, cell), chosen)
+    return _assemble(rows_of(item, chosen, cell), [item.times[t] if item.times else t for t in chosen])
 
 
 def choose_frames(num_frames: int, at_most: int) -> list[int]:
@@ -92,7 +116,7 @@ def rows_of(item: GalleryItem, chosen: list[int], cell: int = CELL) -> list[Row]
     """Every row that `item` has something for, in reading order."""
     size = cell_size(item.frames.shape[1:3], cell)
     frames = np.stack([_resize_frame(item.frames[t], size) for t in chosen])
-    rows = [Row("frames", f"{len(item.frames)} in the video", frames)]
+    rows = [Row("frames", f"{len(item.frames)} of the video", frames)]
     if item.truth is not None:
         slots = upsample(item.object_labels, item.grid, item.truth.shape[1:])
         truth = _nearest(match_colours(item.truth, slots)[chosen], size)
@@ -223,5 +247,5 @@ def _mix(below: np.ndarray, above: np.ndarray, opacity: float) -> np.ndarray:
     return (below * (1 - opacity) + above * opacity).round().astype(np.uint8)
 
 
-__all__ = ["BOUNDARY_COLOUR", "INTERIOR_COLOUR", "PALETTE", "GalleryItem", "Row", "choose_frames", "highlight", "match_colours",
-           "outlines", "overlay", "render_item", "rows_of", "upsample"]  # fmt: skip
+__all__ = ["BOUNDARY_COLOUR", "INTERIOR_COLOUR", "MAPS", "PALETTE", "GalleryItem", "Row", "choose_frames", "highlight",
+           "match_colours", "outlines", "overlay", "render_item", "rows_of", "shrink", "upsample"]  # fmt: skip

@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-# Dark enough on white for a thin line (contrast of 3 or more), told apart by brightness and dash as well as by hue.
-LINE_COLOURS = ("#0072b2", "#c14b00", "#007a5a", "#a3457f", "#5b4bd1", "#7a5c00", "#333333", "#b3001e")
-LINE_DASHES = ("", "7 3", "2 3", "9 3 2 3", "", "7 3", "2 3", "9 3 2 3")
+from trainer.report.colours import fill, stroke
+
 MAX_POINTS = 300
 WIDTH, HEIGHT = 440, 230
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 22, 10, 34
@@ -39,18 +38,22 @@ class Axis:
 
 
 def line_chart(title: str, lines: Sequence[tuple[str, Points]], from_zero: bool = False) -> str:
-    """An SVG with one line for each series that has a finite value; "" when none has. `from_zero`: a linear axis with 0 on it."""
-    drawn = [(name, thin(points)) for name, points in lines if any(math.isfinite(value) for _, value in points)]
+    """An SVG with one line for each series that has a finite value; "" when none has. `from_zero`: a linear axis with 0 on it.
+
+    A line's colour and dash are those of its place among `lines`, as in `legend`.
+    """
+    finite = [any(math.isfinite(value) for _, value in points) for _, points in lines]
+    drawn = {number: (name, thin(points)) for number, (name, points) in enumerate(lines) if finite[number]}
     if not drawn:
         return ""
-    steps = [step for _, points in drawn for step, _ in points]
-    values = [value for _, points in drawn for _, value in points if math.isfinite(value)]
+    steps = [step for _, points in drawn.values() for step, _ in points]
+    values = [value for _, points in drawn.values() for _, value in points if math.isfinite(value)]
     x = Axis(*_widen(min(0, *steps), max(steps), 0.0), _LEFT, WIDTH - _RIGHT)
     y = _value_axis([0.0, *values] if from_zero else values)
-    label = f"{title}: " + "; ".join(_spoken(name, points) for name, points in drawn)
+    label = f"{title}: " + "; ".join(_spoken(name, points) for name, points in drawn.values())
     parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">']
     parts += _frame(x, y)
-    parts += [_line(points, x, y, number) for number, (_, points) in enumerate(drawn)]
+    parts += [_line(points, x, y, number) for number, (_, points) in drawn.items()]
     return "".join([*parts, "</svg>"])
 
 
@@ -58,7 +61,7 @@ def legend(names: Sequence[str]) -> str:
     """Names beside samples of their lines, in the order in which `line_chart` draws them."""
     items = []
     for number, name in enumerate(names):
-        sample = f'<line x1="0" y1="6" x2="26" y2="6" {_stroke(number)}/>'
+        sample = f'<line x1="0" y1="6" x2="26" y2="6" {stroke(number)}/>'
         items.append(f'<li><svg width="26" height="12" aria-hidden="true">{sample}</svg> {escape(name)}</li>')
     return f'<ul class="legend">{"".join(items)}</ul>'
 
@@ -149,15 +152,9 @@ def _line(points: Points, x: Axis, y: Axis, number: int) -> str:
         alone = not pen_down and (place + 1 == len(points) or not math.isfinite(points[place + 1][1]))
         if alone or len(points) <= 12:
             cx, cy = spot.split()
-            dots.append(f'<circle cx="{cx}" cy="{cy}" r="3" fill="{LINE_COLOURS[number % len(LINE_COLOURS)]}"/>')
+            dots.append(f'<circle cx="{cx}" cy="{cy}" r="3" class="{fill(number)}"/>')
         pen_down = True
-    return f'<path d="{"".join(path)}" fill="none" {_stroke(number)}/>{"".join(dots)}'
-
-
-def _stroke(number: int) -> str:
-    dash = LINE_DASHES[number % len(LINE_DASHES)]
-    colour = f'stroke="{LINE_COLOURS[number % len(LINE_COLOURS)]}" stroke-width="2"'
-    return f'{colour} stroke-dasharray="{dash}"' if dash else colour
+    return f'<path d="{"".join(path)}" fill="none" {stroke(number)}/>{"".join(dots)}'
 
 
 def _spoken(name: str, points: Points) -> str:

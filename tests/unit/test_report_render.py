@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from trainer.observe.render import (
+from trainer.report.render import (
     BOUNDARY_COLOUR,
     INTERIOR_COLOUR,
     PALETTE,
@@ -17,6 +17,7 @@ from trainer.observe.render import (
     overlay,
     render_item,
     rows_of,
+    shrink,
     upsample,
 )
 
@@ -126,28 +127,51 @@ def test_the_picture_holds_every_cell():
         assert (content[y : y + 16, 176 + 36 : 176 + 36 + 32] == row.cells[1]).all()
 
 
+def test_shrinking_keeps_what_is_shown_and_where_it_was_in_the_video():
+    long = {name: np.repeat(getattr(item(), name)[:1], 40, axis=0) for name in ("frames", "truth", "boundary", "interior")}
+    long |= {name: np.tile(np.arange(40)[:, None] % 3, (1, 8)) for name in ("attn_labels", "object_labels")}
+    small = shrink(item(**long, merged_attn_labels=None, merged_object_labels=None), max_frames=5, cell=16)
+    assert small.frames.shape == (5, 8, 16, 3) and small.truth is not None and small.truth.shape == (5, 8, 16)
+    assert small.times == (0, 10, 20, 29, 39) and small.object_labels[:, 0].tolist() == [0, 1, 2, 2, 0]
+    assert small.merged_attn_labels is None and small.boundary is not None and small.boundary.shape == (5, 8)
+    again = shrink(small, max_frames=3, cell=16)
+    assert again.times == (0, 20, 39) and (again.frames[1] == small.frames[2]).all()
+
+
+def test_small_frames_are_not_blown_up():
+    assert shrink(item(), cell=500).frames.shape == (T, *SIZE, 3)
+
+
 def test_an_image_is_a_video_of_one_frame():
     one = {name: getattr(item(), name)[:1] for name in ("frames", "truth", "attn_labels", "object_labels")}
     assert render_item(item(**one, merged_attn_labels=None, merged_object_labels=None, boundary=None, interior=None)).height > 0
 
 
 def test_wrong_shapes_are_named():
+    with pytest.raises(ValueError, match="2 times for 3 frames"):
+        item(times=(0, 1))
     with pytest.raises(ValueError, match=r"object_labels is \[3, 7\]"):
         item(object_labels=LABELS[:, :7])
     with pytest.raises(ValueError, match="uint8"):
         item(frames=np.zeros((T, *SIZE, 3)))
 
 
+# Machado, Oliveira and Fernandes 2009, severity 1: protanope and deuteranope vision in linear RGB.
+PROTANOPE = np.array([[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]])
+DEUTERANOPE = np.array([[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]])
+
+
 def test_palette_colours_differ_for_colour_blind_eyes_too():
-    linear = np.where(PALETTE / 255 <= 0.04045, PALETTE / 255 / 12.92, ((PALETTE / 255 + 0.055) / 1.055) ** 2.4)
-    # Machado, Oliveira and Fernandes 2009, severity 1: protanope and deuteranope vision in linear RGB.
-    protanope = np.array([[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]])
-    deuteranope = np.array([[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]])
+    linear = to_linear(PALETTE)
     assert len(PALETTE) >= 24
-    for eye in (np.eye(3), protanope, deuteranope):
+    for eye in (np.eye(3), PROTANOPE, DEUTERANOPE):
         lab = to_lab(np.clip(linear @ eye.T, 0, 1))
         distance = np.linalg.norm(lab[:, None] - lab[None], axis=-1) + 1e9 * np.eye(len(lab))
         assert distance.min() > 15
+
+
+def to_linear(colours: np.ndarray) -> np.ndarray:
+    return np.where(colours / 255 <= 0.04045, colours / 255 / 12.92, ((colours / 255 + 0.055) / 1.055) ** 2.4)
 
 
 def to_lab(linear: np.ndarray) -> np.ndarray:
