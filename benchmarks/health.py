@@ -21,9 +21,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cluster.health import Watcher
 from cluster.heartbeats import RankBeats
-from cluster.stragglers import Finding
+from cluster.supervision.health import Watcher
+from cluster.supervision.stragglers import Finding
 from tests.integration.ranks import free_port, rank_environment
 from tests.integration.tiny_run import arguments, make_shards
 from trainer import heartbeat

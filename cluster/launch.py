@@ -17,23 +17,23 @@ if __package__ in (None, ""):  # run as a file: the folder cluster/ must not be 
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C during the imports ends it without a traceback
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from cluster import plan as planner
 from cluster.backends import BACKENDS, choose_backend
+from cluster.commands import plan as planner
 from cluster.config import JOBS, LaunchConfig, LaunchError, parse
 from cluster.layout import checkout_path
 from cluster.verdict import INTERRUPTED
 
 # Commands beside the jobs: module and function, (words after the command) -> exit code; loaded when they are used.
 COMMANDS = {
-    "status": "cluster.status:main",
-    "logs": "cluster.logs:main",
-    "cancel": "cluster.control:cancel",
-    "resume": "cluster.control:resume",
-    "doctor": "cluster.doctor:main",
-    "monitor": "cluster.monitor:main",
-    "profile": "cluster.profiling:main",
+    "status": "cluster.commands.status:main",
+    "logs": "cluster.commands.logs:main",
+    "cancel": "cluster.commands.control:cancel",
+    "resume": "cluster.commands.control:resume",
+    "doctor": "cluster.commands.doctor:main",
+    "monitor": "cluster.commands.monitor:main",
+    "profile": "cluster.commands.profiling:main",
 }
-SWEEP = "cluster.sweep:main"  # (all words) -> exit code
+SWEEP = "cluster.commands.sweep:main"  # (all words) -> exit code
 
 
 def main(argv: Sequence[str] | None = None) -> int:

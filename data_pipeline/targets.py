@@ -21,7 +21,7 @@ from typing import Any
 from data_pipeline.files import write_atomically
 
 REFRESH_S = 60.0  # a live process touches its copy so often, whatever else it does
-STALE_S = 600.0  # cluster/monitor.py has the same; clocks of hosts and file servers may differ by minutes
+STALE_S = 600.0  # cluster/commands/monitor.py has the same; clocks of hosts and file servers may differ by minutes
 _PREFIX = "slotstream-"
 SHARED = ".targets"  # beside run folders: `cluster/launch.py monitor` makes it, and all runs there list themselves in it
 

@@ -11,7 +11,7 @@ from omegaconf import MISSING
 
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import ConfigError, check_at_least, check_choice, check_path
-from trainer.observe.profiler import parse_window
+from trainer.observe.profile_window import parse_window
 
 
 @dataclass(kw_only=True)

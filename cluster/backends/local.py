@@ -20,7 +20,7 @@ from cluster.network import hub_address
 from cluster.placement import Session
 from cluster.processes import Port, exit_of, kill_processes_with, signal_group, signal_process
 from cluster.run_folder import next_attempt, write_job
-from cluster.supervisor import supervise
+from cluster.supervision.supervisor import supervise
 
 HELD = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2}
 CLOSE_WITHIN = 1.0  # for agents that have been sent away; one that never reported has no ranks

@@ -29,7 +29,7 @@ from cluster.layout import agent_command
 from cluster.network import LOOPBACK
 from cluster.placement import Session
 from cluster.run_folder import write_job
-from cluster.supervisor import say, supervise
+from cluster.supervision.supervisor import say, supervise
 from cluster.verdict import REQUEUE
 
 REACH_WITHIN = 3.0  # seconds for a connection to the address

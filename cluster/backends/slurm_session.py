@@ -91,7 +91,7 @@ def _supervise(config: LaunchConfig, job: str, nodes: Sequence[str], words: Sequ
 
     A node that is dead before its agent has reported is Slurm's to replace: the job is started again, on others.
     """
-    from cluster.supervisor import supervise
+    from cluster.supervision.supervisor import supervise
 
     def make(session: Session) -> SrunPlacement:
         return SrunPlacement(session, job, nodes)

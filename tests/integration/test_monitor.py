@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.monitor import find_grafana, render_config
+from cluster.commands.monitor import find_grafana, render_config
 from data_pipeline import targets
 
 pytestmark = [

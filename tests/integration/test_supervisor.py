@@ -243,7 +243,7 @@ def test_what_another_start_cannot_mend_is_given_up(
     run = launcher("--max-restarts", "2", "--ranks-per-node", "2", "--grace", "1", program=train(fault))
     found, _, err = run.end()
     assert (found, len(events(run, "attempt"))) == (code, attempts), err
-    assert words in err and "cluster/supervisor.py" not in err
+    assert words in err and "cluster/supervision/supervisor.py" not in err
     assert_nothing_left(run)
 
 

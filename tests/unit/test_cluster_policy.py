@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from cluster.policy import Ending, History
+from cluster.supervision.policy import Ending, History
 
 DIED = Ending(outcome="failed", cause="signal", code=137, applied=True, saved_step=-1)
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster import control, launch
+from cluster import launch
+from cluster.commands import control
 from cluster.flags import LaunchError
 
 

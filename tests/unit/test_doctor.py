@@ -7,11 +7,20 @@ from pathlib import Path
 
 import pytest
 
-from cluster.doctor import collect, render
-from cluster.doctor_checks import file_system_of, folder_check, local_checks, network_check, ray_check
-from cluster.doctor_group import compare, shared_folder, skew, speed
-from cluster.doctor_node import look
-from cluster.doctor_software import OK, PROBLEM, WARNING, Check, devices_check, imports_checks, packages_check, read_constraints
+from cluster.commands.doctor import collect, render
+from cluster.commands.doctor_checks import file_system_of, folder_check, local_checks, network_check, ray_check
+from cluster.commands.doctor_group import compare, shared_folder, skew, speed
+from cluster.commands.doctor_node import look
+from cluster.commands.doctor_software import (
+    OK,
+    PROBLEM,
+    WARNING,
+    Check,
+    devices_check,
+    imports_checks,
+    packages_check,
+    read_constraints,
+)
 
 
 def report(node: int, **facts: str) -> dict:

@@ -19,8 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster import heartbeats
-from cluster.health import Finding, Watcher
 from cluster.heartbeats import WINDOW_STEPS, RankBeats
+from cluster.supervision.health import Finding, Watcher
 from trainer import heartbeat
 
 # -- the record ----------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
 
-from cluster import monitor
+from cluster.commands import monitor
 from cluster.flags import LaunchError
 from data_pipeline import targets
 from data_pipeline.compose import compose

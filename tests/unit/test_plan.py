@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.case import Case
-from cluster import plan as launcher
+from cluster.commands import plan as launcher
 from cluster.config import LaunchError
 from data_pipeline.compose import compose
 from data_pipeline.errors import ConfigError

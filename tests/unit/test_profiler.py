@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from cluster import profiling
+from cluster.commands import profiling
 from data_pipeline.errors import ConfigError
 from trainer.observe import profiler
-from trainer.observe.profiler import Profiler, parse_request, parse_window
+from trainer.observe.profile_window import MAX_STEPS, parse_request, parse_window
+from trainer.observe.profiler import Profiler
 from trainer.observe.recording import Recording, free_bytes, resident_bytes
 from trainer.observe.trace_summary import summarise
 from trainer.step import Clock
@@ -233,4 +234,4 @@ def test_windows_and_requests_that_are_understood():
 
 
 def test_the_launcher_knows_the_same_limit():
-    assert profiling.MAX_STEPS == profiler.MAX_STEPS
+    assert profiling.MAX_STEPS == MAX_STEPS

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
+from cluster.commands.run_reader import config_values, newest_checkpoint, progress
+from cluster.commands.run_view import read_run
+from cluster.commands.runs import find, remembering
+from cluster.commands.status import render
+from cluster.commands.tables import Column, shorten, span, table
 from cluster.flags import LaunchError
 from cluster.owner import boot_id
-from cluster.run_reader import config_values, newest_checkpoint, progress
-from cluster.run_view import read_run
-from cluster.runs import find, remembering
-from cluster.status import render
-from cluster.tables import Column, shorten, span, table
 
 NOW = time.time()
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from cluster.commands.sweep import exit_code, read_plan
+from cluster.commands.sweep_points import expand, fix_sweep, read_sweep
+from cluster.commands.sweep_table import best_first, read_points, sweep_lines, write_csv
 from cluster.flags import LaunchError
-from cluster.sweep import exit_code, read_plan
-from cluster.sweep_points import expand, fix_sweep, read_sweep
-from cluster.sweep_table import best_first, read_points, sweep_lines, write_csv
 
 
 def names(*words: str) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from cluster import monitor
+from cluster.commands import monitor
 from data_pipeline import targets
 from data_pipeline.targets import Listing
 

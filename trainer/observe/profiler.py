@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -21,44 +20,13 @@ from typing import TYPE_CHECKING, Any
 from data_pipeline.errors import ConfigError
 from data_pipeline.files import write_atomically
 from trainer import heartbeat
+from trainer.observe.profile_window import parse_request, parse_window
 
 if TYPE_CHECKING:
     from trainer.observe.recording import Recording
 
-MAX_STEPS = 50  # an update has about ten thousand events, 3 KiB each until they are written; cluster/profiling.py has the same
 LOOK_S = 1.0  # seconds between two looks for a request
 KEPT_S = 10.0  # a request to all ranks lies there so long, until each has seen it
-_WINDOW = re.compile(r"steps\[(\d+):(\d+)\]")
-
-
-def parse_window(key: str, text: str) -> tuple[int, int]:
-    """`steps[a:b]` as (a, b): profiled is what comes after `a` updates until `b` are done. Raises ConfigError."""
-    found = _WINDOW.fullmatch(text.strip())
-    first, last = (int(found[1]), int(found[2])) if found else (0, 0)
-    if not 0 < last - first <= MAX_STEPS:
-        raise ConfigError(
-            f"{key}={text}; steps[a:b] is needed, from update a to b with a < b <= a + {MAX_STEPS}; "
-            f"for example {key}='steps[100:120]'"
-        )
-    return first, last
-
-
-def parse_request(text: str, step: int) -> tuple[int, int, bool]:
-    """(first, last, all ranks) of a request that is read after `step` updates. Raises ConfigError."""
-    first, last, everyone = step, step + 20, False
-    for word in text.split():
-        key, _, value = word.partition("=")
-        if word.startswith("steps["):
-            first, last = parse_window("profile/request", word)
-        elif key == "steps" and value.isdecimal() and 0 < int(value) <= MAX_STEPS:
-            last = step + int(value)
-        elif word in ("ranks=all", "ranks=0"):
-            everyone = word == "ranks=all"
-        else:
-            raise ConfigError(
-                f"profile/request: {word!r}; steps=N up to {MAX_STEPS}, steps[a:b] and ranks=all|0 are known; mend it"
-            )
-    return first, last, everyone
 
 
 class Profiler:
@@ -194,6 +162,3 @@ class Profiler:
     def _tell(self, **how: Any) -> None:
         if self.rank == 0:
             write_atomically(self.folder / "last.json", json.dumps({"time": time.time(), **how}))
-
-
-__all__ = ["MAX_STEPS", "Profiler", "parse_request", "parse_window"]

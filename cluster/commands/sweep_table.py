@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cluster.run_reader import scores
-from cluster.run_view import Ask, RunView, is_run, read_run
-from cluster.sweep_points import Point, read_sweep
-from cluster.tables import Column, count, note, span, table
+from cluster.commands.run_reader import scores
+from cluster.commands.run_view import Ask, RunView, is_run, read_run
+from cluster.commands.sweep_points import Point, read_sweep
+from cluster.commands.tables import Column, count, note, span, table
 
 SHOWN_SCORES = ("metric/video_fg_ari", "metric/video_mbo", "metric/frame_fg_ari", "metric/frame_mbo")
 CSV = "sweep.csv"

@@ -18,9 +18,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from cluster.doctor_checks import local_checks
-from cluster.doctor_group import compare, shared_folder, skew, speed
-from cluster.doctor_software import PROBLEM, Check
+from cluster.commands.doctor_checks import local_checks
+from cluster.commands.doctor_group import compare, shared_folder, skew, speed
+from cluster.commands.doctor_software import PROBLEM, Check
 from cluster.processes import write_json
 
 ARRIVE = 180.0  # seconds in which all ranks must have connected: an import of torch from a slow disk takes one

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cluster.doctor_software import (
+from cluster.commands.doctor_software import (
     COMPARED,
     OK,
     PROBLEM,
@@ -28,8 +28,8 @@ from cluster.doctor_software import (
     packages_check,
     python_check,
 )
+from cluster.commands.tables import size
 from cluster.layout import ROOT, usable_cores
-from cluster.tables import size
 
 WRITE_BYTES, WRITE_SECONDS = 64 << 20, 2.0
 SLOW_DISK = 50e6  # bytes per second

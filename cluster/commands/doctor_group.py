@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from cluster.doctor_software import OK, PROBLEM, WARNING, Check
-from cluster.tables import size
+from cluster.commands.doctor_software import OK, PROBLEM, WARNING, Check
+from cluster.commands.tables import size
 
 SKEW_WARNING, SKEW_PROBLEM = 1.0, 30.0  # seconds between two clocks
 SLOW_SIGHT = 2.0  # seconds until a node sees what another wrote

@@ -20,16 +20,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cluster.commands.run_view import NOT_OVER
+from cluster.commands.runs import backend_state
+from cluster.commands.sweep_array import run_array
+from cluster.commands.sweep_points import Point, Sweep, expand, fix_sweep
+from cluster.commands.sweep_table import PointView, end_line, read_points, sweep_lines, view_point, write_csv
+from cluster.commands.tables import count, screen_width, shorten, span
 from cluster.config import LaunchConfig, override_value, parse
 from cluster.flags import LaunchError, build_parser
 from cluster.processes import SignalPipe, die_with_parent, signal_process, write_json
 from cluster.run_folder import clean_word
-from cluster.run_view import NOT_OVER
-from cluster.runs import backend_state
-from cluster.sweep_array import run_array
-from cluster.sweep_points import Point, Sweep, expand, fix_sweep
-from cluster.sweep_table import PointView, end_line, read_points, sweep_lines, view_point, write_csv
-from cluster.tables import count, screen_width, shorten, span
 
 HELP = """python cluster/launch.py --multirun [flags] name=NAME key=a,b other=range(3) ... [--parallel K] [--keep-failed]
 
@@ -43,7 +43,7 @@ optim.lr=1e-3,1e-4, seed=range(3) and model=choice(a,b) are lists of values; a v
 The same command again goes on where it stopped. Ctrl-C asks the running points to save; again: kills them.
 `status NAME` shows the table at any time; at the end it is printed, and RUNS/NAME/sweep.csv is written.
 Exit code: 0 all points are done, 1 some failed, 75 some were stopped, 130 Ctrl-C."""
-LAUNCHER = Path(__file__).resolve().parent / "launch.py"
+LAUNCHER = Path(__file__).resolve().parent.parent / "launch.py"
 TICK = 0.2
 REDRAW = 1.0
 OWN_KEYS = ("name", "runs")

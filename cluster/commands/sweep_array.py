@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cluster.commands.run_reader import read_json
+from cluster.commands.run_view import NOT_OVER
+from cluster.commands.runs import backend_state
+from cluster.commands.sweep_points import Point
+from cluster.commands.sweep_table import PointView, end_line, summary, view_point
 from cluster.config import LaunchConfig
 from cluster.flags import LaunchError
 from cluster.processes import SignalPipe
-from cluster.run_reader import read_json
-from cluster.run_view import NOT_OVER
-from cluster.runs import backend_state
-from cluster.sweep_points import Point
-from cluster.sweep_table import PointView, end_line, summary, view_point
 
 LOOK = 2.0  # seconds between two looks
 LOOK_PER_POINT = 0.1  # and longer with many points: each that waits is a question to Slurm

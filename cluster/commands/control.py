@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cluster.commands.run_reader import newest_attempt, read_json, text
+from cluster.commands.run_view import NOT_OVER, RunView, read_run
+from cluster.commands.runs import CommandParser, backend_state, find, is_sweep
+from cluster.commands.sweep_points import read_sweep
+from cluster.commands.tables import count, span
 from cluster.flags import LaunchError
 from cluster.run_folder import HIDDEN
-from cluster.run_reader import newest_attempt, read_json, text
-from cluster.run_view import NOT_OVER, RunView, read_run
-from cluster.runs import CommandParser, backend_state, find, is_sweep
-from cluster.sweep_points import read_sweep
-from cluster.tables import count, span
 
 CANCEL_HELP = """Stop a run, on whatever backend it is: its ranks save and end, then it is not started again by itself.
 

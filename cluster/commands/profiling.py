@@ -13,16 +13,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cluster.commands.run_reader import read_json, text
+from cluster.commands.run_view import NOT_OVER, read_run
+from cluster.commands.runs import CommandParser, backend_state, find, is_sweep
 from cluster.flags import LaunchError
-from cluster.run_reader import read_json, text
-from cluster.run_view import NOT_OVER, read_run
-from cluster.runs import CommandParser, backend_state, find, is_sweep
 
 HELP = """Profile the next updates of a run that trains, without stopping it.
 
 A trace for ui.perfetto.dev, what memory tensors took and a table of operators appear in runs/NAME/profile. The command waits
 for them. Without it: observe.profile='steps[100:120]', or a file runs/NAME/profile/request that says steps=20."""
-MAX_STEPS = 50  # trainer/observe/profiler.py has the same number
+MAX_STEPS = 50  # trainer/observe/profile_window.py has the same number
 LOOK = 0.2
 REQUEST, ANSWER = "request", "last.json"
 

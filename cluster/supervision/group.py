@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from cluster.config import LaunchConfig
-from cluster.health import Watcher
 from cluster.hub import Hub, Message
 from cluster.layout import NodeTask
 from cluster.processes import write_json
-from cluster.stragglers import Finding
+from cluster.supervision.health import Watcher
+from cluster.supervision.stragglers import Finding
 from cluster.verdict import REQUEUE, SETTLE, RankExit, Verdict, judge, last_lines
 
 GRACE_AFTER_FAILURE = 10.0  # ranks whose peer is gone have nothing to save together

@@ -10,10 +10,10 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from cluster.run_view import RunView, read_run
-from cluster.runs import CommandParser, backend_state, folders_of, is_sweep, remembering
-from cluster.sweep_table import read_points, sweep_lines, sweep_summary
-from cluster.tables import Column, count, note, screen_width, short_number, span, table
+from cluster.commands.run_view import RunView, read_run
+from cluster.commands.runs import CommandParser, backend_state, folders_of, is_sweep, remembering
+from cluster.commands.sweep_table import read_points, sweep_lines, sweep_summary
+from cluster.commands.tables import Column, count, note, screen_width, short_number, span, table
 
 HELP = """The state of runs: all under the folder of runs, or those that are named. NAME is a run, a sweep, or SWEEP/POINT.
 

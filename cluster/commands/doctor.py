@@ -13,14 +13,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cluster.commands.doctor_checks import local_checks
+from cluster.commands.doctor_node import MARK, REPORT
+from cluster.commands.doctor_software import OK, PROBLEM, WARNING, Check
+from cluster.commands.run_reader import read_json
+from cluster.commands.runs import CommandParser
+from cluster.commands.tables import screen_width, span
 from cluster.config import LaunchConfig, parse
-from cluster.doctor_checks import local_checks
-from cluster.doctor_node import MARK, REPORT
-from cluster.doctor_software import OK, PROBLEM, WARNING, Check
 from cluster.flags import LaunchError
-from cluster.run_reader import read_json
-from cluster.runs import CommandParser
-from cluster.tables import screen_width, span
 
 HELP = """Checks whether this machine is fit to train, and says what to mend. Starts nothing that stays, installs nothing.
 
@@ -31,7 +31,7 @@ HELP = """Checks whether this machine is fit to train, and says what to mend. St
   other flags       are the launcher's: --backend, --gpus-per-node, --partition, --address, --interface ...: see launch.py --help
 
 Exit code: 0 nothing is wrong (warnings may be), 1 there is a problem."""
-LAUNCHER = Path(__file__).resolve().parent / "launch.py"
+LAUNCHER = Path(__file__).resolve().parent.parent / "launch.py"
 WORDS = {OK: "ok", WARNING: "warning", PROBLEM: "PROBLEM"}
 ORDER = {PROBLEM: 0, WARNING: 1, OK: 2}
 
@@ -69,7 +69,7 @@ def _ask_nodes(nodes: int, runs: Path, flags: Any, more: Sequence[str]) -> list[
     name = f"doctor-{os.uname().nodename}-{os.getpid()}"
     words = ["--nodes", str(nodes), "--backend", flags.backend, "--runs", str(runs), "--max-restarts", "0", *more]
     words += ["--address", flags.address] if flags.address else []
-    words += ["--command", "-m cluster.doctor_node", f"name={name}"]
+    words += ["--command", "-m cluster.commands.doctor_node", f"name={name}"]
     config = parse(words)
     if config.dry_run or config.detach:
         raise LaunchError("doctor --nodes waits for what its nodes say; leave --dry-run and --detach out")

@@ -12,8 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from cluster.owner import DEAD_AFTER, boot_id
-from cluster.run_reader import (
+from cluster.commands.run_reader import (
     Progress,
     SavedStep,
     config_values,
@@ -26,7 +25,8 @@ from cluster.run_reader import (
     text,
     whole,
 )
-from cluster.tables import span
+from cluster.commands.tables import span
+from cluster.owner import DEAD_AFTER, boot_id
 from cluster.verdict import CODES_OF_REASONS, REQUEUE, how_it_ended
 
 HERE_SILENT = 6.0  # seconds without a beat after which the process table is asked, where the owner is on this machine

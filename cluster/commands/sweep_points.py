@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cluster.commands.run_reader import read_json
+from cluster.commands.run_view import SWEEP_FILE
 from cluster.config import LaunchError
 from cluster.processes import write_json
 from cluster.run_folder import clean_word
-from cluster.run_reader import read_json
-from cluster.run_view import SWEEP_FILE
 
 FORMAT = "slotstream-sweep/1"
 MAX_POINTS = 10_000

@@ -24,7 +24,7 @@ from pathlib import Path
 from cluster.flags import LaunchError
 from cluster.processes import SignalPipe, die_with_parent, ended
 
-HERE = Path(__file__).resolve().parent / "monitoring"
+HERE = Path(__file__).resolve().parent.parent / "monitoring"
 TARGETS, STALE_S = ".targets", 600.0  # data_pipeline.targets has the same: a live run touches its list every minute
 SWEEP_EVERY_S = 30.0
 DATA = ".monitoring"

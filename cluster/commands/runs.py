@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cluster.commands.run_view import SWEEP_FILE, is_run
 from cluster.flags import LaunchError
-from cluster.run_view import SWEEP_FILE, is_run
 
 MAX_LISTED = 10_000
 

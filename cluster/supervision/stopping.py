@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 
 from cluster.config import LaunchConfig
-from cluster.group import Group
+from cluster.supervision.group import Group
 from cluster.verdict import CODES_OF_REASONS, REQUEUE, Verdict
 
 STOP_REASONS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", signal.SIGHUP: "hung_up"}

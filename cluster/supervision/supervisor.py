@@ -14,17 +14,17 @@ from typing import Any
 
 from cluster.config import LaunchConfig, LaunchError, override_value
 from cluster.console import LogTail
-from cluster.group import Group
 from cluster.hub import Hub, Message
 from cluster.layout import NodeFacts, NodeTask, headline, node_tasks
 from cluster.network import hub_address, reachable
 from cluster.owner import Owner
 from cluster.placement import Placement, Session
-from cluster.policy import Decision, Ending, History
 from cluster.processes import SignalPipe, write_json
 from cluster.run_folder import EventLog, make_attempt, newest_checkpoint, withdraw_targets, write_launch_record
-from cluster.stopping import Stopping
-from cluster.team import Team
+from cluster.supervision.group import Group
+from cluster.supervision.policy import Decision, Ending, History
+from cluster.supervision.stopping import Stopping
+from cluster.supervision.team import Team
 from cluster.verdict import Verdict, explain
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2, signal.SIGCHLD)

@@ -9,10 +9,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from cluster.commands.run_reader import newest_attempt, read_json, whole
+from cluster.commands.run_view import LIVE, read_run
+from cluster.commands.runs import CommandParser, backend_state, find, is_sweep
 from cluster.flags import LaunchError
-from cluster.run_reader import newest_attempt, read_json, whole
-from cluster.run_view import LIVE, read_run
-from cluster.runs import CommandParser, backend_state, find, is_sweep
 from cluster.verdict import last_lines
 
 HELP = """What the ranks of a run printed: the end of rank 0's log in the newest attempt, or of the rank that failed.

@@ -13,7 +13,7 @@ from statistics import median
 from typing import Any
 
 from cluster.heartbeats import PHASES, WINDOW_STEPS
-from cluster.stragglers import LEAST_SAVE_S, Beats, Finding, Links, Stragglers
+from cluster.supervision.stragglers import LEAST_SAVE_S, Beats, Finding, Links, Stragglers
 
 # Floors in seconds where there is no step time yet to judge by, or none that says anything.
 START_S = 300.0  # start and load: imports from a shared disk, a checkpoint that is read, shards that are fetched

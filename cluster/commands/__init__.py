@@ -1,0 +1,1 @@
+"""Commands for runs by name and for machines: status, logs, cancel, resume, doctor, monitor, profile, plan, sweeps."""
