@@ -29,8 +29,8 @@ RECORD = "<QIIqIIQdddddddQd"
 # The last WINDOWS groups of WINDOW_STEPS finished steps each: number (1 is the first; 0: empty), seconds of the whole group in
 # data, compute, communication, save. A reader that looks twice a second still sees steps of 16 ms group by group.
 WINDOW = "<Qdddd"
-WINDOW_STEPS, WINDOWS, WINDOWS_AT = 4, 8, 128
-FILE_BYTES = 512
+WINDOW_STEPS, WINDOWS, WINDOWS_AT = 2, 20, 128
+FILE_BYTES = 1024
 VERSION = 1
 
 _SEQUENCE, _WHO, _PLACE, _SUMS, _ALLOWED, _WINDOW = map(struct.Struct, ("<Q", "<II", "<qIIQd", "<ddddddQ", "<d", WINDOW))

@@ -1,4 +1,4 @@
-"""Stragglers from heartbeats: groups of a few steps go in, who was slow in several of them in a row comes out. Pure.
+"""Stragglers from heartbeats: groups of a few steps go in, who was slow in nearly all of the last ones comes out. Pure.
 
 A rank is slow by its own work: the seconds of a step that it does not spend in collectives, where all wait for the slowest. A
 node is slow by its link: it answers late while steps are mostly communication.
@@ -6,7 +6,7 @@ node is slow by its link: it answers late while steps are mostly communication.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict, deque
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from statistics import median
@@ -20,8 +20,10 @@ SLOWER = 1.5  # own seconds against the median of the others
 CALM = 1.25  # an episode is over below this
 LEAST_EXCESS_S = 0.005  # a step
 LEAST_SAVE_S = 0.005  # less was no save, only a look whether one is due
-PERSISTENT = 4  # groups of WINDOW_STEPS in a row: 16 steps
-LINK_SLOWER, LINK_LEAST_S, LINK_SAMPLES = 5.0, 0.010, 6  # round-trip times; samples in a row
+# Slow in so many of so many groups of WINDOW_STEPS. Short groups, so that one long step (a page fault, a neighbour on the host)
+# spoils one of them and no more; one group may be missed, so that a slow rank is named within 20 steps on a busy host, too.
+PERSISTENT = {"work": (7, 8), "save": (6, 6)}
+LINK_SLOWER, LINK_LEAST_S, LINK_SAMPLES = 5.0, 0.010, (6, 6)  # round-trip times; samples
 COMMUNICATION_SHARE = 0.5  # of a step, above which a slow link matters
 # What a rank does by itself; the rest of a step is waiting for others. Saves apart: rank 0 may write for all, and most steps save
 # nothing.
@@ -55,14 +57,14 @@ class Stragglers:
     def __init__(self) -> None:
         self._groups: dict[int, dict[int, list[float]]] = {}
         self._done = 0
-        self._episodes = {track: _Episodes(PERSISTENT) for track in TRACKS}
+        self._episodes = {track: _Episodes(*PERSISTENT[track]) for track in TRACKS}
         self._first_saves: list[float] = []  # of rank 0
         self.communication_share = 0.0
 
     @property
     def suspects(self) -> bool:
         """A rank's own work is, or may be, what slows the others."""
-        return any(episodes.open or any(episodes.slow.values()) for episodes in self._episodes.values())
+        return any(episodes.open or episodes.begun for episodes in self._episodes.values())
 
     def see(self, beats: Beats) -> list[Finding]:
         for rank, beat in beats.items():
@@ -112,22 +114,27 @@ class Stragglers:
 
 
 class _Episodes:
-    """Who is slow for `persistent` counts in a row, and later not any more: said once each."""
+    """Who is slow in `needed` of the last `of` counts, and later calm as often: said once each."""
 
-    def __init__(self, persistent: int) -> None:
-        self._persistent = persistent
-        self.slow: Counter[int] = Counter()
-        self.calm: Counter[int] = Counter()
+    def __init__(self, needed: int, of: int) -> None:
+        self._needed = needed
+        self._slow: defaultdict[int, deque[bool]] = defaultdict(lambda: deque(maxlen=of))
+        self._calm: defaultdict[int, deque[bool]] = defaultdict(lambda: deque(maxlen=of))
         self.open: set[int] = set()
+
+    @property
+    def begun(self) -> bool:
+        """Somebody was slow at the last count."""
+        return any(counts and counts[-1] for counts in self._slow.values())
 
     def count(self, who: int, slow: bool, calm: bool) -> str:
         """ "begins", "ends" or ""."""
-        self.slow[who] = self.slow[who] + 1 if slow else 0
-        self.calm[who] = self.calm[who] + 1 if calm else 0
-        if self.slow[who] >= self._persistent and who not in self.open:
+        self._slow[who].append(slow)
+        self._calm[who].append(calm)
+        if who not in self.open and slow and sum(self._slow[who]) >= self._needed:
             self.open.add(who)
             return "begins"
-        if self.calm[who] >= self._persistent and who in self.open:
+        if who in self.open and sum(self._calm[who]) >= self._needed:
             self.open.remove(who)
             return "ends"
         return ""
@@ -146,7 +153,7 @@ class Links:
     """Nodes that answer much later than the others, while steps are mostly communication."""
 
     def __init__(self) -> None:
-        self._episodes = _Episodes(LINK_SAMPLES)
+        self._episodes = _Episodes(*LINK_SAMPLES)
         self.far: list[int] = []
 
     def see(self, rtt: Mapping[int, float], ranks: Stragglers) -> list[Finding]:
