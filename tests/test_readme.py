@@ -65,6 +65,9 @@ def test_a_command_is_understood(command):
         assert isinstance(compose("build_shards", BuildConfig, settings, {**SOURCE_SCHEMAS, **FEATURE_SCHEMAS}), BuildConfig)
     elif words[2] == "trainer.evaluate":
         assert compose("evaluate", EvaluationConfig, words[3:]).run
+    elif words[2] == "trainer.report":
+        result = subprocess.run([sys.executable, *words[1:3], "--help"], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert result.returncode == 0 and 1 <= len(words[3:]) <= 2, result.stderr
     elif words[2] == "trainer.export":
         assert compose("export", ExportConfig, words[3:]).format == "official"
     else:
@@ -83,7 +86,7 @@ def test_links_and_named_files_exist():
 
 
 def test_experiments_named_are_there():
-    names = set(re.findall(r"`((?:slotcontrast|srl|ssync)_[a-z]+\w*)`", TEXT)) - {"ssync_pairwise", "ssync_seed0"}
+    names = set(re.findall(r"`((?:slotcontrast|srl|ssync)_[a-z]+\w*)`", TEXT)) - {"ssync_pairwise", "ssync_seed0", "ssync_seed1"}
     assert names == {path.stem for path in (ROOT / "configs" / "experiment").glob("*.yaml")} - {"demo"}
 
 
