@@ -14,11 +14,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from cluster.monitoring import check, dashboards
 from data_pipeline.build_metrics import BuildMetrics
 from data_pipeline.config import BuildConfig, FeaturesConfig, SourceConfig
 from tests.integration.faulty_server import FaultyServer
+from tests.integration.panel_picture import draw, series_of
 from tests.integration.prometheus_server import MONITORING, PATIENCE, Prometheus, find_binaries, wait_until
 from tests.integration.tiny_run import arguments, make_shards
 from trainer.observe.prometheus import Exporter, StepStats
@@ -26,6 +28,7 @@ from trainer.observe.prometheus import Exporter, StepStats
 ROOT = Path(__file__).resolve().parents[2]
 DASHBOARDS = sorted((MONITORING / "grafana" / "dashboards").glob("*.json"))
 RANKS = 2
+PICTURES = {"run": "Time of an update by phase", "cluster": "Clips per second by run", "data": "Videos written by build"}
 
 
 # -- without a server ------------------------------------------------------------------------------------------------------
@@ -148,6 +151,7 @@ def test_prometheus_sees_every_rank_of_a_run_until_it_ends(
             print("\n" + check.table(rows))
             assert {row.group for row in rows} == {"run", "cluster", "data", "recording", "alerting"}
             _check_command(prometheus)
+            _draw_panels(prometheus, Path(os.environ.get("SLOTSTREAM_PICTURES", tmp_path)))
             assert {item["metric"]["rank"] for item in prometheus.query("rate(slotstream_steps_total[5s]) > 0")} == {"0", "1"}
             run.send_signal(signal.SIGTERM)
             build.send_signal(signal.SIGTERM)
@@ -160,6 +164,17 @@ def test_prometheus_sees_every_rank_of_a_run_until_it_ends(
                 if process.poll() is None:
                     process.kill()
                     process.wait(PATIENCE)
+
+
+def _draw_panels(prometheus: Prometheus, folder: Path) -> None:
+    """One panel of each dashboard as a picture. SLOTSTREAM_PICTURES=FOLDER keeps them, to be looked at."""
+    for dashboard, panel in PICTURES.items():
+        series = series_of(prometheus.url, dashboard, panel, 20, "5s")
+        assert series and all(len(line) > 1 for line in series.values()), panel
+        draw(f"{dashboard}: {panel}", series, path := folder / f"{dashboard}.png")
+        with Image.open(path) as image:
+            seen = {colour for _, colour in image.getcolors(2**20)}
+        assert len(seen) > 1 + len(series)
 
 
 def _check_command(prometheus: Prometheus) -> None:
