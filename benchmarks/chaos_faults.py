@@ -13,11 +13,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from benchmarks.chaos_run import DISK, Run, read_proc
 
 HELD_S = (4.0, 14.0)  # how long a disk stays full or a Slurm node away
 CUT_S = (3.0, 35.0)  # how long a link stays down: TCP alone gets over it, or the node is lost, or the run goes on with fewer
+LIVING_S = 120.0
 AGAIN_S = (0.5, 12.0)  # when the second blow falls: anywhere in a restart
 
 Doing = Callable[[Run, random.Random], str]
@@ -31,13 +33,13 @@ class Fault:
 
 
 def kill_rank(run: Run, draw: random.Random) -> str:
-    rank, pid = draw.choice(sorted(run.ranks().items()))
+    rank, pid = draw.choice(sorted(_living(run, run.ranks).items()))
     os.kill(pid, signal.SIGKILL)
     return f"rank {rank}"
 
 
 def kill_agent(run: Run, draw: random.Random) -> str:
-    agents = run.agents()
+    agents = _living(run, run.agents)
     number = draw.randrange(len(agents))
     os.kill(agents[number], signal.SIGKILL)
     return f"agent {number + 1} of {len(agents)}"
@@ -69,13 +71,13 @@ def kill_twice(run: Run, draw: random.Random) -> str:
 
 
 def stop_rank(run: Run, draw: random.Random) -> str:
-    rank, pid = draw.choice(sorted(run.ranks().items()))
+    rank, pid = draw.choice(sorted(_living(run, run.ranks).items()))
     os.kill(pid, signal.SIGSTOP)
     return f"rank {rank}"
 
 
 def stop_agent(run: Run, draw: random.Random) -> str:
-    agents = run.agents()
+    agents = _living(run, run.agents)
     number = draw.randrange(len(agents))
     os.kill(agents[number], signal.SIGSTOP)
     return f"agent {number + 1} of {len(agents)}"
@@ -168,6 +170,12 @@ def kill_raylet(run: Run, draw: random.Random) -> str:
     found = [pid for pid in run.left() if b"raylet/raylet" in (line := read_proc(pid, "cmdline")) and b"--head" not in line]
     os.kill(pid := draw.choice(found), signal.SIGKILL)
     return f"process {pid}, one of {len(found)}"
+
+
+def _living(run: Run, found: Callable[[], Any]) -> Any:
+    """Ranks or agents; between two attempts, those of the next."""
+    run.until(found, "somebody lives", LIVING_S)
+    return found()
 
 
 def _file_of_newest(run: Run, draw: random.Random) -> Path:
