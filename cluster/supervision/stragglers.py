@@ -22,7 +22,7 @@ LEAST_EXCESS_S = 0.005  # a step
 LEAST_SAVE_S = 0.005  # less was no save, only a look whether one is due
 # Slow in so many of so many groups of WINDOW_STEPS. Short groups, so that one long step (a page fault, a neighbour on the host)
 # spoils one of them and no more; one group may be missed, so that a slow rank is named within 20 steps on a busy host, too.
-PERSISTENT = {"work": (7, 8), "save": (6, 6)}
+PERSISTENT = {"work": (6, 7), "save": (6, 6)}
 LINK_SLOWER, LINK_LEAST_S, LINK_SAMPLES = 5.0, 0.010, (6, 6)  # round-trip times; samples
 COMMUNICATION_SHARE = 0.5  # of a step, above which a slow link matters
 # What a rank does by itself; the rest of a step is waiting for others. Saves apart: rank 0 may write for all, and most steps save
