@@ -164,6 +164,14 @@ def test_table_is_aligned():
     assert "25.6 %" in lines[2] and "1.50" in lines[3] and lines[5].rstrip().endswith("150.2")
 
 
+def test_a_peak_does_not_grow_by_a_free_that_the_profiler_lost():
+    from benchmarks.measure import peak_of_changes
+
+    assert peak_of_changes([(1, 100), (2, 50), (1, -100), (3, 70), (2, -50), (3, -70)]) == 150
+    assert peak_of_changes([(1, 100), (2, 50), (1, 30), (3, 70), (2, -50), (3, -70)]) == 150  # (1, -100) is missing
+    assert peak_of_changes([(9, -40), (1, 30)]) == 0  # one that was there before is freed
+
+
 def test_peak_of_tensors_counts_what_lives_at_once():
     import torch
 
