@@ -187,6 +187,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--backend", choices=(*PLACES, "all"), default="local")
     parser.add_argument("--nodes", type=int, default=4)
+    parser.add_argument("--steps-per-fault", type=int, default=STEPS_PER_FAULT, help="few faults need more: some last for 15 s")
     parser.add_argument(
         "--kind", action="append", choices=list(FAULTS), metavar="KIND", help=f"only this; repeatable: {'; '.join(FAULTS)}"
     )
@@ -201,7 +202,8 @@ def main(argv: list[str]) -> int:
             folder.mkdir(parents=True)
             place = stack.enter_context(PLACES[name](options.nodes))
             kinds = plan(options.kind or possible(place), options.faults, options.seed)
-            result = soak(place, kinds, options.seed, folder, lambda line: print(line, flush=True))
+            say = partial(print, flush=True)
+            result = soak(place, kinds, options.seed, folder, say, options.steps_per_fault)
         failed |= bool(verdict(name, result, options.faults))
     return 1 if failed else 0
 

@@ -23,7 +23,7 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from data_pipeline.errors import ConfigError, DataError, StateError
+from data_pipeline.errors import ConfigError, DataError, StateError, StorageError
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 T = TypeVar("T")
@@ -142,8 +142,12 @@ def _can_be_read(override: str) -> bool:
         return False
 
 
+NO_STORAGE = 74  # EX_IOERR of sysexits.h; cluster/supervision/policy.py has the same
+
+
 def run_command(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> int:
-    """Call a command's `main`; a mistake becomes one line on stderr. Exit code 2: the user's mistake, 1: the run's state."""
+    """Call a command's `main`; a mistake becomes one line on stderr. Exit code 2: the user's mistake, 74: a disk
+    that somebody may mend, 1: what else is wrong with the run's state."""
     try:
         return int(main(list(sys.argv[1:] if argv is None else argv)) or 0)
     except (ConfigError, DataError) as error:
@@ -157,7 +161,7 @@ def run_command(main: Callable[[list[str]], int | None], argv: Sequence[str] | N
         return 2
     except StateError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return NO_STORAGE if isinstance(error, StorageError) else 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -22,6 +22,10 @@ class StateError(RuntimeError):
     """The world or a run's state is not what it must be: a damaged checkpoint, a full disk, a loss that is not finite."""
 
 
+class StorageError(StateError):
+    """A disk refuses what must be kept. Somebody else may mend that: started again later, the run may go on (exit code 74)."""
+
+
 def unknown_name(what: str, value: str, known: Iterable[str], remedy: str = "") -> ConfigError:
     """An error for a name that no table knows; lists the known names, the nearest first."""
     names = sorted(known)

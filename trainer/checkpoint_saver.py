@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from data_pipeline.errors import StateError
+from data_pipeline.errors import StateError, StorageError
 from trainer import checkpoint, distributed
 from trainer.checkpoint_write import Saved, publish
 from trainer.config import CheckpointConfig
@@ -166,10 +166,12 @@ class Saver:
             return
         self._failures += 1
         self.told.save_failed(outcome.step, outcome.why, self._failures)
-        if outcome.fatal or final:
+        if outcome.fatal:
             raise StateError(outcome.why)
+        if final:
+            raise StorageError(outcome.why)
         if give_up and self._failures >= self.config.max_failures:
-            raise StateError(f"{outcome.why}; {self._failures} saves in a row failed (checkpoint.max_failures)")
+            raise StorageError(f"{outcome.why}; {self._failures} saves in a row failed (checkpoint.max_failures)")
 
     def _report(self) -> None:
         found, self._found = self._found, []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 USER_ERROR = 2  # exit code of a rank: a setting or a file is wrong, another start would say the same
+NO_STORAGE = 74  # of a rank: the disk refuses checkpoints; somebody may mend that, so the same error twice means nothing
 FIRST_DELAY, LONGEST_DELAY = 1.0, 60.0
 
 
@@ -73,6 +74,8 @@ class History:
             return ""
         if ending.code == USER_ERROR:
             return "a setting or a file is wrong: another start would fail the same way"
+        if ending.code == NO_STORAGE:
+            return ""
         if not ending.applied:
             return "it failed before its first step: another start would fail the same way"
         before = self.last

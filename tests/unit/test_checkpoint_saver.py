@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_pipeline.errors import StateError
+from data_pipeline.errors import StateError, StorageError
 from data_pipeline.order import Position
 from trainer import checkpoint, checkpoint_write
 from trainer.checkpoint_saver import Saver, owner_fence
@@ -184,7 +184,7 @@ def test_a_disk_that_refuses_is_counted_until_it_may_not_refuse_again(saver, not
     assert [(step, number) for step, _, number in notes.failures] == [(2, 1), (3, 2)]
     saver.save(state(4))
     wait_for_news(saver)
-    with pytest.raises(StateError, match="step 4 could not be written: Input/output error.*3 saves in a row"):
+    with pytest.raises(StorageError, match="step 4 could not be written: Input/output error.*3 saves in a row"):
         saver.stepped(5, True)
     assert steps(saver.root) == [1] and saver.saved_step == 1
     assert not list(saver.root.glob(".writing*"))

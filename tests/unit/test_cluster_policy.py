@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from cluster.supervision.policy import Ending, History
+from cluster.supervision.policy import NO_STORAGE, Ending, History
 
 DIED = Ending(outcome="failed", cause="signal", code=137, applied=True, saved_step=-1)
 
@@ -69,3 +69,16 @@ def test_the_same_error_twice_at_one_step_is_given_up_and_others_are_not() -> No
     assert history.decide(error).action == "restart"
     again = history.decide(error)
     assert again.action == "end" and "the same error twice at step 7" in again.why
+
+
+def test_a_disk_that_refuses_checkpoints_is_tried_again_and_waited_for() -> None:
+    full = Ending(outcome="failed", code=NO_STORAGE, error="StorageError: no room", step=7, applied=False)
+    history = History(4)
+    assert [history.decide(full).delay_s for _ in range(4)] == [0, 1, 2, 4]
+    assert history.decide(full).action == "end"
+
+
+def test_ranks_and_policy_mean_the_same_code() -> None:
+    from data_pipeline import compose
+
+    assert compose.NO_STORAGE == NO_STORAGE
