@@ -132,7 +132,8 @@ class Run:
     def agents(self) -> list[int]:
         words = str(self.run_dir).encode()
         running = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
-        return [pid for pid in running if words in (line := read_proc(pid, "cmdline")) and b"cluster/agent.py" in line]
+        lines = {pid: read_proc(pid, "cmdline").split(b"\0") for pid in running}  # srun's line names the agent, too
+        return [pid for pid, line in lines.items() if words in line and len(line) > 1 and line[1].endswith(b"cluster/agent.py")]
 
     def left(self) -> list[int]:
         """Processes of this run that live, whoever started them."""
