@@ -179,8 +179,10 @@ def _living(run: Run, found: Callable[[], Any]) -> Any:
 
 
 def _file_of_newest(run: Run, draw: random.Random) -> Path:
+    """Once an older one is there to fall back on: without it a run is right to refuse."""
+    run.until(lambda: len(list(run.checkpoints.glob("step_*[0-9]"))) > 1, "two checkpoints are there", LIVING_S)
     newest = run.newest_checkpoint()
-    assert newest is not None, "no checkpoint to damage yet"
+    assert newest is not None
     return draw.choice(sorted(path for path in newest.rglob("*") if path.is_file() and path.stat().st_size))
 
 

@@ -74,6 +74,7 @@ def test_every_kind_comes_as_often_as_the_others() -> None:
 def test_damage_hits_a_file_of_the_newest_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run(tmp_path, "run")
     monkeypatch.setattr(chaos_faults, "kill_rank", lambda *_: "rank 0")
+    (run.checkpoints / "step_00000001").mkdir()
     before = run.digests()
     said = chaos_faults.flip_newest(run, random.Random(0))
     assert said.startswith("step_00000002/")
