@@ -20,16 +20,16 @@ class LaunchError(ValueError):
     """A launch cannot go on. The message is one line: what is wrong, the rule, what to do."""
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """argparse that raises in place of printing its usage and leaving, so that an error is one line."""
 
     def error(self, message: str) -> None:  # type: ignore[override]
-        raise LaunchError(f"{message}; see --help")
+        raise LaunchError(f"{message}; see python {self.prog} --help")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags of the launcher. Words that are no flags are left over for cluster.config.parse."""
-    parser = _Parser(
+    parser = Parser(
         prog="cluster/launch.py",
         usage="python cluster/launch.py [flags] [JOB] [key=value ...]",
         description=HELP,

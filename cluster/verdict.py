@@ -60,7 +60,12 @@ class Verdict:
     last_lines: list[str] = dataclasses.field(default_factory=list)
     consequences: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # failed after the cause
     killed: list[int] = dataclasses.field(default_factory=list)  # ranks that did not stop when asked
-    done_file: bool = False  # the run folder has DONE: the work is complete, whatever happened at the exit
+    done_file: bool = False  # a training run has DONE: its work is complete, whatever happened at the exit
+
+    @property
+    def session_code(self) -> int:
+        """What the launcher ends with when no attempt follows: a node or a rank that is lost beside DONE has lost no work."""
+        return 0 if self.done_file and self.cause not in ("", "exit") else self.exit_code
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

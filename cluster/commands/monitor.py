@@ -21,6 +21,7 @@ import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from cluster.commands.runs import CommandParser
 from cluster.flags import LaunchError
 from cluster.processes import SignalPipe, die_with_parent, ended
 
@@ -36,19 +37,8 @@ taking it back goes after ten minutes. Alerts, and what to do about each: cluste
 site has already: cluster/monitoring/README.md."""
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:  # type: ignore[override]
-        raise LaunchError(f"{message}; see monitor --help")
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="cluster/launch.py monitor",
-        description=HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--runs", default="runs", metavar="DIR", help="folder of run folders (default: runs)")
+def build_parser() -> CommandParser:
+    parser = CommandParser("monitor", "[--runs DIR] [--listen ADDRESS] [flags below]", HELP)
     parser.add_argument("--listen", default="127.0.0.1", metavar="ADDRESS", help="where both servers listen (default: loopback)")
     parser.add_argument("--port", type=int, default=9090, help="of Prometheus (default 9090)")
     parser.add_argument("--grafana-port", type=int, default=3000, help="of Grafana (default 3000)")
@@ -63,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(words: Sequence[str]) -> int:
     """Run until Ctrl-C or until a server ends. Raises LaunchError."""
-    options = build_parser().parse_args(list(words))
+    options = build_parser().read(words)
     prometheus = shutil.which("prometheus")
     if prometheus is None:
         raise LaunchError(

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from cluster.commands.run_view import SWEEP_FILE, is_run
-from cluster.flags import LaunchError
+from cluster.flags import LaunchError, Parser
 
 MAX_LISTED = 10_000
 
 
-class CommandParser(argparse.ArgumentParser):
-    """argparse whose errors are one line."""
+class CommandParser(Parser):
+    """The words of a command about runs."""
 
     def __init__(self, command: str, usage: str, description: str) -> None:
         super().__init__(
@@ -25,15 +25,11 @@ class CommandParser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-        self._command = command
         self.add_argument("--runs", default="runs", metavar="DIR", help="folder of run folders (default: runs)")
 
     def read(self, words: Sequence[str]) -> argparse.Namespace:
         """The values of a command line, flags and names in any order. Raises LaunchError."""
         return self.parse_intermixed_args(list(words))
-
-    def error(self, message: str) -> None:  # type: ignore[override]
-        raise LaunchError(f"{message}; see python cluster/launch.py {self._command} --help")
 
 
 def is_sweep(folder: Path) -> bool:

@@ -134,7 +134,7 @@ class Group:
                 self.lost(slot, f"did not end its ranks within {AGENT_PATIENCE:.0f} s of being told to kill them")
 
     def verdict(self) -> Verdict:
-        done = Path(self._first.run_dir, "DONE").exists()
+        done = self._config.job == "train" and Path(self._first.run_dir, "DONE").exists()  # others run beside an old one
         hang = (next(iter(self._hang.culprits), None), self._hang.why) if self._hang else None
         verdict = judge(
             self.exits, started=self._started, ended=time.time(), stop_reason=self.stop_reason, done_file=done, hang=hang

@@ -132,7 +132,7 @@ class Supervisor:
             if decision.action == "end":
                 if decision.why:
                     say(f"not started again: {decision.why}")
-                return verdict.exit_code
+                return verdict.session_code
             self._note("restart", delay=decision.delay_s, why=decision.why)
             say(f"starting again{f' in {decision.delay_s:.0f} s' if decision.delay_s else ''}: {decision.why}")
             self._wait(decision.delay_s)

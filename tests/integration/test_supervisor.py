@@ -109,6 +109,18 @@ def test_a_killed_agent_is_replaced(launcher: Callable[..., Launched]) -> None:
     assert_nothing_left(run)
 
 
+def test_a_node_lost_beside_done_is_no_failure(launcher: Callable[..., Launched]) -> None:
+    run = launcher(*GO_ON, "--nodes", "2", "--grace", "1", program=train() + "time.sleep(500)\n")
+    ready(run, 1, 0, 1)
+    go(run)
+    wait_until((run.run_dir / "DONE").exists, "DONE")
+    os.kill(agent_of(run, 1), signal.SIGKILL)
+    code, _, err = run.end()
+    assert code == 0 and "the run is complete" in err and len(events(run, "attempt")) == 1, err
+    assert events(run, "end")[0]["code"] == 0 and run.verdict(1)["cause"] == "lost_node"
+    assert_nothing_left(run)
+
+
 def test_a_frozen_agent_is_lost_too(launcher: Callable[..., Launched]) -> None:
     run = launcher(*GO_ON, "--nodes", "2", "--grace", "1", program=train())
     ready(run, 1, 0, 1)

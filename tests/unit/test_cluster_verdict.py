@@ -87,6 +87,17 @@ def test_causes_have_names() -> None:
     assert "the agent of node 1 is on node n3, which is down after 4 s" in explain(lost, None, Path("/x"))
 
 
+def test_what_is_lost_beside_done_is_no_failure_of_the_run() -> None:
+    lost = RankExit(rank=None, node=1, code=137, signal=None, time=104.0, why="is on node n3, which is down")
+    for outside in (lost, rank_exit(0, 139, 110, signal="SIGSEGV"), rank_exit(0, 1, 110, lost_peer=True)):
+        assert verdict_of(outside, done=True).session_code == 0
+        assert verdict_of(outside).session_code == outside.code
+    hang = judge([], started=100.0, ended=120.0, stop_reason=None, done_file=True, hang=(0, "stopped"))
+    assert hang.session_code == 0
+    assert verdict_of(rank_exit(0, 1, 110), done=True).session_code == 1  # its own error: the report, for one, is not there
+    assert verdict_of(rank_exit(0, 0, 110, stopped=True), stop="interrupted").session_code == 130
+
+
 def test_the_text_has_rank_node_code_time_and_last_lines() -> None:
     verdict = verdict_of(rank_exit(3, 3, 112.0), done=True)
     verdict.last_lines.extend(["one", "two"])
