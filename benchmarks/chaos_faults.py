@@ -12,6 +12,7 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +33,16 @@ class Fault:
     needs: str = ""  # hosts: links to cut; disk: a small one; local, slurm, ray: that backend
 
 
-def kill_rank(run: Run, draw: random.Random) -> str:
+def kill_rank(run: Run, draw: random.Random, by: signal.Signals = signal.SIGKILL) -> str:
     rank, pid = draw.choice(sorted(_living(run, run.ranks).items()))
-    os.kill(pid, signal.SIGKILL)
+    os.kill(pid, by)
     return f"rank {rank}"
 
 
-def kill_agent(run: Run, draw: random.Random) -> str:
+def kill_agent(run: Run, draw: random.Random, by: signal.Signals = signal.SIGKILL) -> str:
     agents = _living(run, run.agents)
     number = draw.randrange(len(agents))
-    os.kill(agents[number], signal.SIGKILL)
+    os.kill(agents[number], by)
     return f"agent {number + 1} of {len(agents)}"
 
 
@@ -68,19 +69,6 @@ def kill_twice(run: Run, draw: random.Random) -> str:
     time.sleep(draw.uniform(*AGAIN_S))
     ranks = run.ranks()
     return f"{first}, then {kill_rank(run, draw)} under way" if ranks else f"{first}, then nothing to kill"
-
-
-def stop_rank(run: Run, draw: random.Random) -> str:
-    rank, pid = draw.choice(sorted(_living(run, run.ranks).items()))
-    os.kill(pid, signal.SIGSTOP)
-    return f"rank {rank}"
-
-
-def stop_agent(run: Run, draw: random.Random) -> str:
-    agents = _living(run, run.agents)
-    number = draw.randrange(len(agents))
-    os.kill(agents[number], signal.SIGSTOP)
-    return f"agent {number + 1} of {len(agents)}"
 
 
 def cut_link(run: Run, draw: random.Random) -> str:
@@ -200,8 +188,8 @@ FAULTS: dict[str, Fault] = {
     "kill -9 of an agent": Fault(kill_agent),
     "kill -9 of the launcher": Fault(kill_launcher, needs="local"),
     "kill -9, again while restarting": Fault(kill_twice),
-    "SIGSTOP of a rank": Fault(stop_rank),
-    "SIGSTOP of an agent": Fault(stop_agent),
+    "SIGSTOP of a rank": Fault(partial(kill_rank, by=signal.SIGSTOP)),
+    "SIGSTOP of an agent": Fault(partial(kill_agent, by=signal.SIGSTOP)),
     "link down": Fault(cut_link, restarts=False, needs="hosts"),
     "disk full": Fault(fill_disk, restarts=False, needs="disk"),
     "newest checkpoint truncated": Fault(truncate_newest),
