@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cluster import site_flags
 from cluster.flags import LaunchError, build_parser, known_flags
 
 
@@ -155,11 +156,9 @@ def parse(argv: Sequence[str]) -> LaunchConfig:
 
 def _site_defaults(name: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
     """Defaults of flags from configs/cluster/NAME.yaml; keys as the flags are written, without the dashes before them."""
-    from cluster.backends import site
-
     known = [flag.removeprefix("--") for flag in known_flags(parser) if flag not in ("-h", "--help", "--cluster")]
     defaults = {}
-    for key, value in site.read(name).items():
+    for key, value in site_flags.read(name).items():
         check_known(f"--cluster {name}: key", key, known)
         defaults[key.replace("-", "_")] = value
     return defaults

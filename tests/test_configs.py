@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.backends import site
+from cluster import site_flags
 from cluster.config import parse
 from data_pipeline.compose import CONFIG_DIR, compose, keys_of
 from data_pipeline.config import BuildConfig, MoviSource, PatchFeatures
@@ -46,7 +46,7 @@ def test_a_training_member_composes(group, name):
 
 @pytest.mark.parametrize("path", SITES, ids=lambda path: path.stem)
 def test_a_site_gives_defaults_of_flags(path):
-    assert parse(["--cluster", path.stem, "--nodes", "2"]).backend == site.read(path.stem)["backend"]
+    assert parse(["--cluster", path.stem, "--nodes", "2"]).backend == site_flags.read(path.stem)["backend"]
 
 
 @pytest.mark.parametrize(("group", "name"), members(*BUILD_GROUPS))

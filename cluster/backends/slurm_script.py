@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from cluster import site_flags
 from cluster.config import LaunchConfig
 from cluster.flags import LaunchError
 from cluster.layout import ROOT
@@ -105,25 +106,23 @@ def more_options(flag: str, entries: Sequence[str], refuse: Sequence[str] = ()) 
 def job_words(words: Sequence[str]) -> list[str]:
     """The words that the job starts the launcher with: the user's, a site's file written out."""
     kept: list[str] = []
-    site_flags: list[str] = []
+    of_site: list[str] = []
     rest = list(words)
     while rest:
         word = rest.pop(0)
         name, equals, value = word.partition("=")
         if name in NOT_IN_JOB_VALUES:
             value = value if equals else rest.pop(0)
-            site_flags += site_words(value) if name == "--cluster" else []
+            of_site += site_words(value) if name == "--cluster" else []
         elif word not in NOT_IN_JOB:
             kept.append(word)
-    return [*site_flags, *kept]
+    return [*of_site, *kept]
 
 
 def site_words(name: str) -> list[str]:
     """A site's file as flags, so that a submitted script does not change with the file."""
-    from cluster.backends import site
-
     found: list[str] = []
-    for key, value in site.read(name).items():
+    for key, value in site_flags.read(name).items():
         if isinstance(value, bool):
             found += [f"--{key}"] if value else []
         else:

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from cluster.backends import site
+from cluster import site_flags
 from cluster.backends.slurm_commands import one_line
 from cluster.backends.slurm_script import agent_words, command, directives, job_words, parsed, script, seconds_of, written
 from cluster.backends.slurm_session import count_requeue, is_ours
@@ -64,7 +64,7 @@ def test_the_script_reads_back_and_is_shell():
 
 def test_the_job_gets_the_words_without_what_ends_at_once(tmp_path, monkeypatch):
     (tmp_path / "ours.yaml").write_text("partition: gpu\nexclusive: true\nsetup: [a, b c]\n")
-    monkeypatch.setattr(site, "FOLDER", tmp_path)
+    monkeypatch.setattr(site_flags, "FOLDER", tmp_path)
     words = ["--cluster", str(tmp_path / "ours.yaml"), "--detach", "--script=x", "--nodes", "2", "name=a"]
     assert job_words(words) == ["--partition=gpu", "--exclusive", "--setup=a", "--setup=b c", "--nodes", "2", "name=a"]
     given, written_out = parse(words), parse(job_words(words))

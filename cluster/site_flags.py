@@ -10,7 +10,7 @@ from typing import Any
 
 from cluster.flags import LaunchError, build_parser
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "configs" / "cluster"
 NOT_OF_A_SITE = ("help", "cluster", "command", "in_job", "dry_run", "script", "detach", "multirun")
 SWITCH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
