@@ -14,7 +14,9 @@ from collections.abc import Sequence
 from typing import Any
 
 MAX_STRANGER = 16 * 1024  # bytes of a first line
+MOST_STRANGERS = 512  # at a time; the oldest give way
 MAX_LINE = 8 * 1024 * 1024  # stacks of many threads are long
+READ_AT_ONCE = 1024 * 1024  # bytes of one connection in a turn: nobody keeps the others waiting
 HELLO_WITHIN = 10.0
 PING_EVERY = 1.0
 REFUSED_WITHIN = 2.0
@@ -57,10 +59,11 @@ class Wire:
                 self.close()
 
     def receive(self, limit: int = MAX_LINE) -> list[Message]:
-        """The messages that are there. Whatever is no JSON object, or too long, closes the connection."""
-        while not self.closed:
+        """The messages that are there, or the first of many. What is no JSON object, or too long, closes the connection."""
+        taken = 0
+        while not self.closed and taken < min(limit, READ_AT_ONCE):
             try:
-                data = self.socket.recv(1 << 16)
+                data = self.socket.recv(min(limit, 1 << 16))
             except (BlockingIOError, InterruptedError):
                 break
             except OSError:
@@ -70,9 +73,10 @@ class Wire:
                 break
             self.heard = time.monotonic()
             self._in += data
-            if len(self._in) > limit and b"\n" not in self._in:
-                self.close()
+            taken += len(data)
         *lines, self._in = self._in.split(b"\n")
+        if len(self._in) > limit:
+            self.close()
         messages = []
         for line in lines:
             try:
@@ -133,14 +137,17 @@ class Hub:
         """
         self._ping()
         wires = [*self._strangers, *(wire for wire in self._wires.values() if not wire.closed)]
-        wires = [wire for wire in wires if not wire.closed]
-        writers = [wire for wire in wires if wire.waiting]
-        readers: list[Any] = [self._server, *wires, *also]
-        ready, writable, _ = select.select(readers, writers, [], max(0.0, timeout))
-        for wire in writable:
+        poller = select.poll()  # select() itself ends at descriptor 1023
+        poller.register(self._server, select.POLLIN)
+        for wire in wires:
+            if not wire.closed:
+                poller.register(wire, select.POLLIN | (select.POLLOUT if wire.waiting else 0))
+        for descriptor in also:
+            poller.register(descriptor, select.POLLIN)
+        poller.poll(max(0.0, timeout) * 1000)
+        for wire in wires:
             wire.flush()
-        if self._server in ready:
-            self._accept()
+        self._accept()
         found = self._greet()
         for slot, wire in list(self._wires.items()):
             for message in wire.receive():
@@ -171,6 +178,10 @@ class Hub:
                 connection, _ = self._server.accept()
             except OSError:
                 return
+            if len(self._strangers) >= MOST_STRANGERS:
+                oldest = next(iter(self._strangers))
+                del self._strangers[oldest]
+                oldest.close()
             self._strangers[Wire(connection)] = time.monotonic() + HELLO_WITHIN
 
     def _greet(self) -> list[tuple[int, Message]]:
@@ -194,7 +205,7 @@ class Hub:
 
     def _slot_of(self, hello: Message) -> int | None:
         token, slot = hello.pop("token", None), hello.get("slot")
-        known = isinstance(token, str) and hmac.compare_digest(token.encode(), self._token.encode())
+        known = isinstance(token, str) and hmac.compare_digest(token.encode(errors="surrogatepass"), self._token.encode())
         return slot if known and hello.get("type") == "hello" and type(slot) is int and slot >= 0 else None
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import resource
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 
 import pytest
 
-from cluster.hub import MAX_STRANGER, Hub, Link, parse_address
+from cluster.hub import MAX_STRANGER, READ_AT_ONCE, Hub, Link, parse_address
 
 TOKEN = "secret"
 
@@ -84,6 +85,9 @@ def test_a_second_agent_of_a_slot_takes_the_first_ones_place() -> None:
         b'{"type":"beat","slot":0,"token":"secret"}\n',
         b'{"type":"hello","slot":"0","token":"secret"}\n',
         b'{"type":"hello","slot":-1,"token":"secret"}\n',
+        b'{"type":"hello","slot":0,"token":"\\ud800"}\n',
+        b'{"type":"hello","slot":0,"token":"wrong"}\n' + b"x" * 100_000,
+        b"\n" + b"x" * 100_000,
         b"[1]\n",
         b"GET / HTTP/1.1\r\n\r\n",
         b"x" * (2 * MAX_STRANGER),
@@ -107,6 +111,35 @@ def test_a_stranger_is_cut_off(words: bytes) -> None:
                 closed = True
             break
         assert closed and hub.connected == [1]
+
+
+def test_a_flood_is_read_a_piece_at_a_time() -> None:
+    with hub_with(0, 1) as (hub, links):
+        links[0]._out = b'{"type":"n"}\n' * 1_000_000
+        links[1].send({"type": "here"})
+        seen: list = []
+        while (1, {"type": "here"}) not in seen:
+            links[0].flush()
+            came = hub.poll(0.02)
+            assert len(came) <= READ_AT_ONCE // 10
+            seen += came
+
+
+def test_strangers_without_number_keep_nobody_out() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), hard))  # more than the 1024 at which select() ends
+    try:
+        with hub_with(0) as (hub, _), ExitStack() as stack:
+            for _ in range(1100):
+                stack.enter_context(socket.create_connection(("127.0.0.1", hub.port)))
+                hub.poll(0.0)
+            second = stack.enter_context(closing(Link("127.0.0.1", hub.port, TOKEN, 1.0)))
+            assert second.fileno() > 1024
+            second.hello({"slot": 1})
+            until(hub, lambda seen: (1, "hello") in [(slot, message["type"]) for slot, message in seen])
+            assert hub.connected == [0, 1]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_addresses() -> None:
