@@ -19,6 +19,8 @@ that failed."""
 class LaunchError(ValueError):
     """A launch cannot go on. The message is one line: what is wrong, the rule, what to do."""
 
+    code = 2  # the launcher's exit code: what was asked for is wrong
+
 
 class Parser(argparse.ArgumentParser):
     """argparse that raises in place of printing its usage and leaving, so that an error is one line."""

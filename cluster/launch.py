@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return dry_run(config, backend, words) if config.dry_run else BACKENDS[backend].launch(config, words)
     except LaunchError as error:
         say(str(error))
-        return 2
+        return error.code
     except BrokenPipeError:  # whoever read our output has enough: `status | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -95,7 +95,10 @@ class Owner:
 
     def taken_by(self) -> str:
         """Who has the folder now, for a message."""
-        return describe(read_owner(self.path))
+        try:
+            return describe(read_owner(self.path))
+        except OSError:  # a disk that has not been answering, which may be why we ask
+            return describe(None)
 
     def close(self) -> None:
         try:

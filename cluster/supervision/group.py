@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from cluster.config import LaunchConfig
@@ -37,6 +37,7 @@ class Group:
         self.regrouping = False
         self.steps = 0  # most steps that a rank has finished in this attempt
         self.step: int | None = None  # furthest step seen
+        self.stuck: dict[int, str] = {}  # slots whose agent did not get rid of its ranks, and the end of a sentence about it
         self._config, self._hub, self._note, self._say = config, hub, note, say
         self._first = tasks[0]
         self._started = time.time()
@@ -130,11 +131,13 @@ class Group:
         if self._stop_sent is not None and self._kill_sent is None and now >= self._stop_sent + self._grace + AGENT_PATIENCE:
             self.kill()
         if self._kill_sent is not None and now >= self._kill_sent + AGENT_PATIENCE:
-            for slot in list(self._running):
-                self.lost(slot, f"did not end its ranks within {AGENT_PATIENCE:.0f} s of being told to kill them")
+            why = f"did not end its ranks within {AGENT_PATIENCE:.0f} s of being told to kill them"
+            self.stuck = dict.fromkeys(self._running, why)
+            for slot in self.stuck:
+                self.lost(slot, why)
 
     def verdict(self) -> Verdict:
-        done = self._config.job == "train" and Path(self._first.run_dir, "DONE").exists()  # others run beside an old one
+        done = self._config.job == "train" and os.path.exists(f"{self._first.run_dir}/DONE")  # others run beside an old one
         hang = (next(iter(self._hang.culprits), None), self._hang.why) if self._hang else None
         verdict = judge(
             self.exits, started=self._started, ended=time.time(), stop_reason=self.stop_reason, done_file=done, hang=hang

@@ -58,9 +58,12 @@ class Stopping:
             self._group.save_and_end()
 
     def check_time(self, platform_ends_at: float | None) -> None:
-        """Have the ranks save when --max-time is over, or the platform's time (seconds since the epoch) soon will be."""
+        """Have the ranks save and end when --max-time is over, or the platform's time (seconds since the epoch) soon will be.
+
+        Also after a SIGUSR2, which sets no limit: ranks may still be in a long evaluation when the end comes.
+        """
         now = time.time()
-        if self.reason is not None:
+        if self._told:
             return
         if platform_ends_at is not None and now >= platform_ends_at - self._config.grace - PLATFORM_MARGIN:
             self._note("preempted", where="the platform's time limit")

@@ -21,6 +21,7 @@ from cluster.owner import Owner
 from cluster.placement import Placement, Session
 from cluster.processes import SignalPipe, write_json
 from cluster.run_folder import EventLog, make_attempt, newest_checkpoint, withdraw_targets, write_launch_record
+from cluster.supervision.claim import Claim
 from cluster.supervision.group import Group
 from cluster.supervision.policy import Decision, Ending, History
 from cluster.supervision.stopping import Stopping
@@ -34,7 +35,6 @@ TARGETS = {  # by job: the setting that names a watched folder, and the list in 
     "build-shards": ("targets_dir", "targets.json"),
 }
 TICK = 0.1
-CLAIM_WITHIN = 30.0
 TAKE_LEAVE_WITHIN = 15.0  # agents end their ranks in ten seconds when they are sent away
 SETTLED_AFTER = 5.0  # a node that came back must stay so long before the others are interrupted for it
 RETRY_AFTER = 10.0
@@ -69,8 +69,10 @@ def supervise(
             try:
                 return Supervisor(config, backend_name, placement, hub, owner, signals, words).run()
             finally:
-                take_leave(hub)
-                placement.close()
+                try:
+                    take_leave(hub)
+                finally:
+                    placement.close()
     finally:
         owner.close()
 
@@ -99,8 +101,8 @@ class Supervisor:
         self._team = Team(config.nodes, placement, hub)
         self._group: Group | None = None
         self._tail: LogTail | None = None
-        self._claims: dict[int, Message] = {}
-        self._claim = 0  # number of the current round of claims
+        self._claims = 0
+        self._claim: Claim | None = None  # the latest
         self._log = EventLog(self._run_dir, owner.session)
         self._history = History(config.max_restarts, newest_checkpoint(self._run_dir))
         self._saved_at_start = self._history.saved_step
@@ -114,7 +116,7 @@ class Supervisor:
         try:
             code = self._run()
         except (LaunchError, OSError) as error:
-            self._note("end", code=2 if isinstance(error, LaunchError) else 1, why=str(error))
+            self._note("end", code=error.code if isinstance(error, LaunchError) else 1, why=str(error))
             raise
         self._note("end", code=code, reason=self._stopping.reason)
         return code
@@ -161,52 +163,53 @@ class Supervisor:
     def _gather(self) -> list[NodeFacts]:
         """The nodes to run on, in slot order: all, or after a while those that are there; [] when the session is to stop.
 
-        Raises: LaunchError when too few report in time.
+        Raises: LaunchError when too few report in time, or too many never get ready.
         """
         began = time.monotonic()
         patience = self._config.start_timeout if not self._attempts else self._config.node_patience
         while not self._stopping.wanted:
             waited = time.monotonic() - began
             possible = self._config.nodes - len(self._team.hopeless())
-            enough = len(self._team.up) >= self._config.least_nodes
-            if self._team.complete or (enough and (waited >= patience or len(self._team.up) == possible)):
+            fit = len(self._team.fit)
+            if self._team.complete or (fit >= self._config.least_nodes and (waited >= patience or fit == possible)):
                 break
             if waited >= max(patience, self._config.start_timeout) or possible < self._config.least_nodes:
-                raise LaunchError(self._who_is_missing(waited))
+                raise self._too_few(waited)
             self._turn()
-        return [] if self._stopping.wanted else [self._team.up[slot] for slot in sorted(self._team.up)]
+        return [] if self._stopping.wanted else [facts for _, facts in sorted(self._team.fit.items())]
 
-    def _who_is_missing(self, waited: float) -> str:
-        absent = "; ".join(f"the agent of node {slot} {why}" for slot, why in sorted(self._team.absent.items()))
-        count = f"{len(self._team.up)} of {self._config.nodes} nodes are there after {waited:.0f} s"
-        return (
-            f"{count}, {self._config.least_nodes} are needed: {absent}; see what they said above, --start-timeout and --min-nodes"
-        )
+    def _too_few(self, waited: float) -> LaunchError:
+        missing = "; ".join(f"the agent of node {slot} {why}" for slot, why in self._team.missing().items())
+        count = f"{len(self._team.fit)} of {self._config.nodes} nodes are there after {waited:.0f} s"
+        needed = f"{self._config.least_nodes} are needed"
+        error = LaunchError(f"{count}, {needed}: {missing}; see what they said above, --start-timeout and --min-nodes")
+        if self._attempts:
+            error.code = 1  # it worked before: nothing that was asked for is wrong
+        return error
 
     def _claim_port(self, team: Sequence[NodeFacts]) -> int | None:
-        """A port that the first node's agent keeps for rank 0; None when a node was lost meanwhile.
+        """A port that the first node's agent keeps for rank 0; None when a node did not get ready.
 
-        Raises: LaunchError when a node does not see the run folder.
+        Raises: LaunchError when a node does not see the run folder and none ever did.
         """
-        self._claim += 1
-        self._claims = {}
-        for facts in team:
-            message = {"type": "claim", "attempt": self._claim, "port": facts is team[0],
-                       "file": str(self._owner.path.absolute()), "session": self._owner.session}  # fmt: skip
-            self._hub.send(facts.slot, message)
-        deadline = time.monotonic() + CLAIM_WITHIN
-        slots = {facts.slot for facts in team}
-        while not slots <= self._claims.keys():
-            if self._stopping.wanted or not slots <= self._team.up.keys() or time.monotonic() > deadline:
+        self._claims += 1
+        self._claim = claim = Claim(self._claims, team, self._hub, self._owner)
+        while claim.open(self._team.up):
+            if self._stopping.wanted:
                 return None
             self._turn()
-        for facts in team:
-            if not self._claims[facts.slot].get("shared"):
-                raise LaunchError(
-                    f"run folder {self._run_dir} is not shared: {facts.host} (node {facts.slot}) does not see what was written "
-                    "there; all nodes must see one folder; choose --runs on a shared disk"
-                )
-        return int(self._claims[team[0].slot]["port"])
+        blind = claim.blind()
+        if blind is not None and not self._attempts:
+            raise LaunchError(
+                f"run folder {self._run_dir} is not shared: {blind.host} (node {blind.slot}) does not see what was written "
+                "there; all nodes must see one folder; choose --runs on a shared disk"
+            )
+        not_ready = claim.not_ready(self._team.absent)
+        for slot, why in not_ready.items():
+            self._note("not_ready", slot=slot, why=why)
+            say(f"the agent of node {slot} {why}")
+            self._team.claim_failed(slot, why)
+        return None if not_ready else claim.port
 
     def _start(self, team: Sequence[NodeFacts], port: int) -> Group | None:
         number = make_attempt(self._run_dir)
@@ -228,6 +231,8 @@ class Supervisor:
         self._note("attempt", attempt=number, nodes=len(tasks), ranks=tasks[0].world_size, slots=[task.slot for task in tasks])
         group = Group(self._config, tasks, self._hub, lambda event, **facts: self._note(event, attempt=number, **facts), say)
         self._tail = None if self._backend == "local" else LogTail(tasks[0].log(0), sys.stdout.fileno())
+        for task in tasks:
+            self._team.started(task.slot)
         group.start()
         return group
 
@@ -250,6 +255,8 @@ class Supervisor:
             self._grow(group)
         self._group = None
         self._stopping.end()
+        for slot, why in group.stuck.items():  # what holds on to dead ranks would not take new ones
+            self._team.lose(slot, why)
         if self._tail is not None:
             self._tail.copy()
         verdict = group.verdict()
@@ -286,11 +293,11 @@ class Supervisor:
     def _grow(self, group: Group) -> None:
         """Have the ranks save when a missing node is back, so that the next attempt has it."""
         now = time.monotonic()
-        back = [slot for slot, since in self._team.since.items() if slot in self._team.up and now - since > SETTLED_AFTER]
+        back = [slot for slot, since in self._team.since.items() if slot in self._team.fit and now - since > SETTLED_AFTER]
         missing = [slot for slot in back if slot not in group.tasks]
         if missing and not group.regrouping and not self._stopping.wanted:
             self._note("regroup", attempt=group.attempt, slots=missing)
-            say(f"node {', '.join(map(str, missing))} is back: saving, to go on with {len(self._team.up)} nodes")
+            say(f"node {', '.join(map(str, missing))} is back: saving, to go on with {len(self._team.fit)} nodes")
             group.regroup()
 
     # What comes in
@@ -324,8 +331,8 @@ class Supervisor:
             self._team.gone(slot)
         elif kind == "signalled":
             self._stopping.preempt(int(message.get("number", signal.SIGTERM)), f"node {slot}")
-        elif kind == "claimed" and message.get("attempt") == self._claim:
-            self._claims[slot] = message
+        elif kind == "claimed" and self._claim is not None:
+            self._claim.hear(slot, message)
         elif self._group is not None:
             self._group.hear(slot, message)
 

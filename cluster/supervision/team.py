@@ -14,7 +14,7 @@ from cluster.placement import Placement
 SILENCE = 15.0  # seconds without an answer after which an agent is lost: frozen, or its link is down
 REASON_WITHIN = 1.0  # a connection that closes is known before the platform says why
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0  # between attempts to place a slot
-TRIES = 3  # deaths of a slot's agent before its first word, after which the slot is hopeless
+TRIES = 3  # deaths of a slot's agent before its first word, or claims that failed, after which the slot is hopeless
 
 
 class Team:
@@ -30,6 +30,7 @@ class Team:
         self._again: dict[int, float] = {}  # when to place a lost slot again
         self._deaths: dict[int, int] = dict.fromkeys(range(nodes), 0)  # in a row, without a hello
         self._closed: dict[int, float] = {}  # connections that ended, for which the reason is not known yet
+        self._failed: dict[int, list[str]] = {}  # why claims failed, in a row
 
     def place_all(self) -> None:
         for slot in range(self.nodes):
@@ -37,8 +38,26 @@ class Team:
             self._placement.place(slot)
 
     @property
+    def fit(self) -> dict[int, NodeFacts]:
+        """The slots that are up and can be given work."""
+        return {slot: facts for slot, facts in self.up.items() if len(self._failed.get(slot, ())) < TRIES}
+
+    @property
     def complete(self) -> bool:
-        return len(self.up) == self.nodes
+        return len(self.fit) == self.nodes
+
+    def claim_failed(self, slot: int, why: str) -> None:
+        """The slot's agent came, but did not get ready for an attempt."""
+        self._failed.setdefault(slot, []).append(why)
+
+    def started(self, slot: int) -> None:
+        """The slot has a place in an attempt."""
+        self._failed.pop(slot, None)
+
+    def missing(self) -> dict[int, str]:
+        """Why slots cannot be given work, as ends of sentences."""
+        failed = {slot: whys[-1] for slot, whys in self._failed.items() if len(whys) >= TRIES}
+        return dict(sorted({**failed, **self.absent}.items()))
 
     def hello(self, slot: int, message: Mapping[str, Any]) -> None:
         """An agent has reported. One of a slot that is not ours, or that talks nonsense, is dropped."""
@@ -69,15 +88,17 @@ class Team:
             if why is not None:
                 if slot in self.up:
                     lost.append((slot, why))
-                self._lose(slot, why, now)
-            if now >= self._again.get(slot, float("inf")):
-                del self._again[slot]
-                self._placement.place(slot)
+                self.lose(slot, why)
+        due = [slot for slot, at in self._again.items() if time.monotonic() >= at]
+        if due:  # one a turn: it may take seconds, and agents that nobody hears meanwhile would count as silent
+            del self._again[due[0]]
+            self._placement.place(due[0])
         return lost
 
     def hopeless(self) -> list[int]:
-        """The slots whose agent has never come, though it was started several times."""
-        return [slot for slot, deaths in self._deaths.items() if deaths >= TRIES and slot not in self.known]
+        """The slots whose agent has never come, though it was started several times, or never gets ready."""
+        dead = {slot for slot, deaths in self._deaths.items() if deaths >= TRIES and slot not in self.known}
+        return sorted(dead | {slot for slot, whys in self._failed.items() if len(whys) >= TRIES})
 
     def _why_lost(self, slot: int, now: float) -> str | None:
         if slot in self._again:
@@ -89,7 +110,8 @@ class Team:
             return "closed its connection" if now > self._closed[slot] + REASON_WITHIN else None
         return f"gave no answer for {SILENCE:.0f} s" if self._hub.silence(slot) > SILENCE else None
 
-    def _lose(self, slot: int, why: str, now: float) -> None:
+    def lose(self, slot: int, why: str) -> None:
+        """Give up the slot's agent; it is placed again in a later turn."""
         self._hub.drop(slot)
         self._placement.signal(slot, signal.SIGKILL)  # it may be frozen, or cut off: two of a slot must not be
         self._deaths[slot] += slot not in self.up
@@ -97,4 +119,4 @@ class Team:
         self._closed.pop(slot, None)
         self.absent[slot] = why
         pause = 0.0 if not self._deaths[slot] else min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (self._deaths[slot] - 1))
-        self._again[slot] = now + pause
+        self._again[slot] = time.monotonic() + pause

@@ -173,6 +173,28 @@ def test_a_run_folder_that_a_node_does_not_see_is_refused(launcher: Callable[...
     assert not (run.run_dir / "attempts").exists() and run.agents() == []
 
 
+@pytest.mark.skipif(not can_unshare(), reason="needs a mount namespace of its own: root")
+@pytest.mark.parametrize("least", ["1", "2"])
+def test_a_node_that_loses_the_run_folder_is_left_out_or_named(
+    launcher: Callable[..., Launched], tmp_path: Path, least: str
+) -> None:
+    script = tmp_path / "node.sh"
+    script.write_text(f'test -e "{tmp_path}/blind_$1" && mount -t tmpfs none {tmp_path}/runs\nshift\nexec "$@"\n')
+    run = launcher(*GO_ON, "--nodes", "2", "--min-nodes", least, "--node-patience", "100", "--grace", "1",
+                   "--wrap", f"unshare -m sh {script} {{slot}}", program=train())  # fmt: skip
+    ready(run, 1, 0, 1)
+    (tmp_path / "blind_1").touch()
+    os.kill(agent_of(run, 1), signal.SIGKILL)
+    if least == "1":
+        ready(run, 2, 0)
+        go(run)
+    code, _, err = run.end()
+    assert code == (0 if least == "1" else 1), err
+    assert err.count("the agent of node 1 does not see the run folder any more\n") == 3 and "Traceback" not in err
+    assert len(events(run, "not_ready")) == 3 and [event["slots"] for event in events(run, "attempt")][1:] == [[0]][: code == 0]
+    assert_nothing_left(run)
+
+
 @pytest.mark.skipif(not can_unshare(), reason="needs a mount of its own: root")
 def test_a_disk_that_is_full_for_a_while_is_waited_for(launcher: Callable[..., Launched], tmp_path: Path) -> None:
     (tmp_path / "runs").mkdir()

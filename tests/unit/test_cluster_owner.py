@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import threading
@@ -68,6 +69,19 @@ def test_an_owner_finds_out_that_it_is_none_any_more(tmp_path: Path) -> None:
     assert "process 77 on other" in first.taken_by()
     first.close()
     assert json.loads((tmp_path / "owner.json").read_text())["pid"] == 77
+
+
+def test_an_owner_whose_disk_is_gone_ends_in_time_and_names_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(path: Path) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    owner = Owner(tmp_path, "train", {})
+    monkeypatch.setattr(module, "read_owner", broken)
+    monkeypatch.setattr(module, "BEAT_EVERY", 0.0)
+    assert owner.beat()
+    monkeypatch.setattr(module, "SELF_FENCE_AFTER", 0.0)
+    assert not owner.beat() and owner.taken_by() == "another launcher"
+    owner.close()
 
 
 def test_of_two_that_take_over_at_once_one_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
