@@ -19,8 +19,11 @@ from cluster.processes import write_json
 RECORDED_PREFIXES = ("CUDA", "DS_", "GLOO_", "HYDRA_", "LC_", "MKL_", "NCCL_", "NVIDIA_", "OMP_", "OPENBLAS_", "PYTHON",
                      "PYTORCH", "RAY_", "SLOTSTREAM_", "SLURM_", "SUBMITIT_", "TORCH", "TRITON_", "UCX_", "XFORMERS")  # fmt: skip
 RECORDED_NAMES = ("LANG", "LD_LIBRARY_PATH", "LD_PRELOAD", "PATH", "TERM", "VIRTUAL_ENV")
-SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|PASSPHRASE|CREDENTIAL|AUTH|COOKIE|PRIVATE|JWT|SIGNATURE", re.IGNORECASE)
-LOGIN_IN_URL = re.compile(r"(\w+://)[^/@\s]+@")
+NEVER_RECORDED = ("RAY_JOB_CONFIG_JSON_ENV_VAR",)  # of `ray job submit`: all env_vars of the job, as JSON
+SECRET = re.compile(r"KEY|TOKEN(?!IZER)|SECRET|PASSW|PASSPHRASE|CREDENTIAL|AUTH|COOKIE|PRIVATE|JWT|SIGNATURE", re.IGNORECASE)
+# KEY= wherever it stands in a word: an override, `export KEY=`, export=ALL,KEY=; in {KEY: ...} and "KEY: ..." a colon.
+SECRET_GIVEN = re.compile(rf"((?:{SECRET.pattern})[\w@\[\]'\"-]*\W*?(?:=|:(?=\s|.*\}}))).+", re.IGNORECASE | re.DOTALL)
+LOGIN_IN_URL = re.compile(r"(\w+://)[^/\s]+@")
 QUERY_IN_URL = re.compile(r"(\w+://[^?\s,\]}]*)\?[^\s,\]}]+")  # an access token often stands there
 HIDDEN = "<hidden>"
 
@@ -106,16 +109,22 @@ def write_launch_record(folder: Path, argv: Sequence[str], environment: Mapping[
 
 
 def clean_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables that can change a run, none that can hold a secret."""
+    """The variables that can change a run, none that can hold a secret: a value that is JSON may hold others' variables."""
     kept = {k: v for k, v in sorted(environment.items()) if k in RECORDED_NAMES or k.startswith(RECORDED_PREFIXES)}
-    return {key: HIDDEN if SECRET.search(key) else LOGIN_IN_URL.sub(rf"\1{HIDDEN}@", value) for key, value in kept.items()}
+    return {
+        key: HIDDEN if SECRET.search(key) or value.lstrip().startswith("{") else clean_word(value)
+        for key, value in kept.items()
+        if key not in NEVER_RECORDED
+    }
 
 
 def clean_word(word: str) -> str:
-    """A command-line word without the value of a key that sounds secret, and without a URL's login and query."""
-    key, equals, _ = word.partition("=")
-    if equals and SECRET.search(key.rpartition(".")[2]):
-        return f"{key}={HIDDEN}"
+    """A command-line word without what follows a key that sounds secret, and without a URL's login and query.
+
+    The word's whole rest goes: where a value ends is told by rules of the shell, of Slurm or of Hydra, and it may hold commas,
+    spaces and quotes.
+    """
+    word = SECRET_GIVEN.sub(rf"\1{HIDDEN}", word)
     return QUERY_IN_URL.sub(rf"\1?{HIDDEN}", LOGIN_IN_URL.sub(rf"\1{HIDDEN}@", word))
 
 

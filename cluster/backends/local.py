@@ -115,29 +115,57 @@ def launch(config: LaunchConfig, words: Sequence[str]) -> int:
 
 
 def detach(config: LaunchConfig, words: Sequence[str], backend: str = "local") -> int:
-    """Start a launcher of its own session, with its output in a file; return when it owns the run folder."""
+    """Start a launcher of its own session, with its output in a file; return when it owns the run folder. Ctrl-C ends it."""
     run_dir = Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     log = run_dir / DETACHED_LOG
     rest = [word for word in words if word != "--detach"]
-    with open(log, "ab") as stream:
-        place = stream.tell()
-        process = subprocess.Popen(
-            [sys.executable, str(LAUNCHER), "--backend", backend, *rest],
-            stdin=subprocess.DEVNULL,
-            stdout=stream,
-            stderr=stream,
-            start_new_session=True,
-        )
-    while process.poll() is None:
-        if _is_job(run_dir, process.pid):
-            print(f"started as process {process.pid}; output in {log}", file=sys.stderr)
-            return 0
-        time.sleep(0.05)
+    # A Ctrl-C waits until there is a process to end.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        with open(log, "ab") as stream:
+            place = stream.tell()
+            process = subprocess.Popen(
+                [sys.executable, str(LAUNCHER), "--backend", backend, *rest],
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=stream,
+                start_new_session=True,
+                preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_SETMASK, before),
+            )
+        try:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            if _await_owner(run_dir, process):
+                print(f"started as process {process.pid}; output in {log}", file=sys.stderr)
+                return 0
+        except BaseException:
+            _end_launcher(process, config.grace + CLOSE_WITHIN)
+            raise
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     with open(log, "rb") as said:  # it ended before it owned the folder, or at once
         said.seek(place)
         sys.stderr.write(said.read().decode("utf-8", "replace"))
     return exit_of(process.returncode)[0]
+
+
+def _await_owner(run_dir: Path, process: subprocess.Popen[bytes]) -> bool:
+    """True when the launcher owns the run folder, False when it has ended before."""
+    while process.poll() is None:
+        if _is_job(run_dir, process.pid):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def _end_launcher(process: subprocess.Popen[bytes], grace: float) -> None:
+    """SIGTERM, and SIGKILL after `grace` seconds or a Ctrl-C more; its agents end with it."""
+    process.terminate()
+    try:
+        process.wait(grace)
+    except (subprocess.TimeoutExpired, KeyboardInterrupt):
+        process.kill()
+        process.wait()
 
 
 def _is_job(run_dir: Path, pid: int) -> bool:

@@ -91,7 +91,7 @@ def write_script(config: LaunchConfig, words: Sequence[str], path: Path) -> int:
     text = script(config, words, os.getcwd())
     if not path.parent.is_dir():
         raise LaunchError(f"--script {path}; {path.parent} is no folder; make it first")
-    folder(config.run_dir).mkdir(parents=True, exist_ok=True)  # Slurm ends a job whose output has no folder
+    _make_folder(config)  # Slurm ends a job whose output has no folder
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_text(text)
     os.replace(temporary, path)
@@ -143,41 +143,50 @@ def submit_array(points: Points, parallel: int | None = None) -> list[str]:
     """Submit one job, or several as a job array; returns their ids ("12", or "12_0", "12_1", ...) in the order of `points`.
 
     All ask Slurm for what the first asks for. At most `parallel` run at a time. Each run folder gets its job.json. Either all
-    are submitted or none: a submission whose answer was lost is found again by a word in the job's comment.
+    are submitted or none: a submission whose answer was lost is found again by a mark in the job's comment.
 
-    Raises: LaunchError when Slurm refuses it or does not answer.
+    Raises: LaunchError when Slurm refuses it or does not answer, or when a job.json cannot be written.
     """
     first, words = points[0]
     check(first, words)
     where = folder(first.run_dir)
-    for config, _ in points:
-        folder(config.run_dir).mkdir(parents=True, exist_ok=True)
     wanted = directives(first, os.getcwd())
     mark = f"slotstream {secrets.token_hex(6)}"
-    wanted.setdefault("comment", mark)
+    wanted["comment"] = f"{wanted.get('comment', '')} {mark}".strip()
     if len(points) > 1:
         wanted["output"] = wanted["output"].replace("%j", "%A_%a")
-    before = set(where.iterdir())
+    before = set(where.glob("*"))
     try:
         ids = slurm.patiently(lambda: "\n".join(_submit(points, wanted, mark, parallel)), say).split("\n")
-    except slurm.SlurmError as error:
+        for job, (config, own) in zip(ids, points, strict=True):
+            write_job(Path(config.run_dir), "slurm", job, own)
+    except (slurm.SlurmError, LaunchError) as error:  # _submit has withdrawn what there was, or says that it could not
         _remove_new(where, before)
-        raise refusal(first, str(error)) from None
-    except BaseException:
+        raise (error if isinstance(error, LaunchError) else refusal(first, str(error))) from None
+    except BaseException as error:
         _withdraw(mark, where, before)
+        if isinstance(error, OSError):
+            raise LaunchError(f"the job cannot be recorded: {error}; it is withdrawn; mend that and launch again") from None
         raise
-    for job, (config, own) in zip(ids, points, strict=True):
-        write_job(Path(config.run_dir), "slurm", job, own)
     return ids
 
 
+def _make_folder(config: LaunchConfig) -> None:
+    """For the owner's eyes alone: the job needs its words and its script as they are, with secrets that may be in them."""
+    path = folder(config.run_dir)
+    path.mkdir(parents=True, exist_ok=True)
+    path.chmod(0o700)
+
+
 def _submit(points: Points, wanted: Directives, mark: str, parallel: int | None) -> list[str]:
-    """One try with submitit. Raises: SlurmError, Unreachable."""
+    """One try with submitit; one that fails leaves no job. Raises: SlurmError, Unreachable, LaunchError when that is not sure."""
     try:
         import submitit
         from submitit.core.utils import FailedJobError, FailedSubmissionError
     except ImportError as error:
         raise LaunchError(f"submitit is not installed ({error}); pip install it, or --script FILE and sbatch FILE") from None
+    for config, _ in points:  # a try that failed took its own away
+        _make_folder(config)
     config = points[0][0]
     where = folder(config.run_dir)
     before = set(where.iterdir())
@@ -214,15 +223,30 @@ def _submission_environment() -> Any:
 
 
 def _withdraw(mark: str, where: Path, before: set[Path]) -> None:
-    """Take back what was submitted without our having its id: after Ctrl-C, or when the answer was lost."""
-    with contextlib.suppress(slurm.SlurmError):
-        if taken := slurm.jobs_with_comment(mark):
-            slurm.run("scancel", *taken)
-    _remove_new(where, before)
+    """Take back what was submitted: after Ctrl-C, when the answer was lost, or when the job could not be recorded.
+
+    Raises: LaunchError with the mark when Slurm does not say that nothing is left: a second job would then be one too many.
+    """
+    left = f"a job may be submitted; look for {mark!r} in squeue --me --format='%i %k' and scancel it"
+    try:
+        slurm.patiently(lambda: _cancel_marked(mark), say, left)
+    except (slurm.SlurmError, KeyboardInterrupt) as error:
+        raise LaunchError(f"Slurm does not say what is submitted: {str(error) or 'interrupted'}; {left}") from None
+    finally:
+        _remove_new(where, before)
+
+
+def _cancel_marked(mark: str) -> str:
+    """Raises: Unreachable, also while a job with the mark is left."""
+    if taken := slurm.live_jobs(mark):
+        slurm.run("scancel", *taken)
+        if left := slurm.live_jobs(mark):
+            raise slurm.Unreachable(f"job {', '.join(left)} was cancelled and is still there")
+    return ""
 
 
 def _remove_new(where: Path, before: set[Path]) -> None:
-    for path in set(where.iterdir()) - before:
+    for path in set(where.glob("*")) - before:
         path.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # folders that were there before are not empty
         where.rmdir()

@@ -11,6 +11,7 @@ from cluster.flags import LaunchError
 
 TRIES, PAUSE = 4, 2.0  # of a controller that does not answer: about half a minute, for each command tries for a while itself
 PATIENCE = 60.0  # seconds for one command
+NOTHING = "nothing is submitted; see scontrol ping"
 AWAY = re.compile(r"Unable to contact slurm controller|Socket timed out|Connection (?:refused|timed out)|temporarily unable"
                   r"|Unable to (?:allocate resources|confirm allocation)[^\n]*(?:contact|timed out)", re.IGNORECASE)  # fmt: skip
 DOWN = ("DOWN", "FAIL", "NOT_RESPONDING", "POWERED_DOWN", "UNKNOWN")
@@ -44,10 +45,10 @@ def run(*words: str, environment: Mapping[str, str] | None = None, patience: flo
     return done.stdout or done.stderr
 
 
-def patiently(action: Callable[[], str], say: Callable[[str], None]) -> str:
+def patiently(action: Callable[[], str], say: Callable[[str], None], left: str = NOTHING) -> str:
     """The result of `action`, tried again while the controller does not answer.
 
-    Raises: LaunchError when it does not answer at all.
+    Raises: LaunchError when it does not answer at all; `left` says what is then there and what to do.
     """
     tries = TRIES
     for attempt in range(1, tries + 1):
@@ -55,9 +56,7 @@ def patiently(action: Callable[[], str], say: Callable[[str], None]) -> str:
             return action()
         except Unreachable as error:
             if attempt == tries:
-                raise LaunchError(
-                    f"Slurm's controller does not answer: {error}; tried {tries} times, nothing is submitted; see scontrol ping"
-                ) from None
+                raise LaunchError(f"Slurm's controller does not answer: {error}; tried {tries} times, {left}") from None
             if attempt == 1:
                 say(f"Slurm's controller does not answer: {error}; trying again")
             time.sleep(PAUSE * min(attempt, 4))
@@ -126,10 +125,13 @@ def partitions() -> dict[str, int]:
     return found
 
 
-def jobs_with_comment(comment: str) -> list[str]:
-    """Ids of this user's jobs with this comment: finds a job whose submission had no answer. Raises: SlurmError."""
-    lines = run("squeue", "--noheader", "--me", "--states=all", "--format=%F %k").splitlines()
-    return sorted({words[0] for line in lines if len(words := line.split(None, 1)) == 2 and words[1].strip() == comment})
+def live_jobs(mark: str) -> list[str]:
+    """Ids of this user's jobs with `mark` in their comment that wait or run: of a submission without an answer.
+
+    One that was cancelled and is being cleared away does not count. Raises: SlurmError.
+    """
+    lines = run("squeue", "--noheader", "--me", "--states=PENDING,RUNNING,SUSPENDED", "--format=%F %k").splitlines()
+    return sorted({line.split()[0] for line in lines if mark in line})
 
 
 def without_outer_job(environment: Mapping[str, str]) -> dict[str, str]:

@@ -12,6 +12,7 @@ from cluster import site_flags
 from cluster.config import LaunchConfig
 from cluster.flags import LaunchError
 from cluster.layout import ROOT
+from cluster.run_folder import clean_word
 
 LAUNCHER = ROOT / "cluster" / "launch.py"
 SIGNAL_LEAD = 120  # seconds before the limit at which Slurm warns; the supervisor plans for the limit by itself
@@ -95,10 +96,11 @@ def more_options(flag: str, entries: Sequence[str], refuse: Sequence[str] = ()) 
     for entry in entries:
         key, _, value = entry.partition("=")
         key = key.strip().lstrip("-").replace("_", "-")
+        shown = clean_word(entry)
         if key in refuse:
-            raise LaunchError(f"{flag} {entry}; the launcher sets {key} itself; use its own flag or leave it out")
+            raise LaunchError(f"{flag} {shown}; the launcher sets {key} itself; use its own flag or leave it out")
         if not re.fullmatch(r"[a-z][a-z0-9-]*", key) or "\n" in value:
-            raise LaunchError(f"{flag} {entry!r}; KEY is a long option of {flag[2:]}, VALUE one line; such as mail-type=END")
+            raise LaunchError(f"{flag} {shown!r}; KEY is a long option of {flag[2:]}, VALUE one line; such as mail-type=END")
         found[key] = value
     return found
 

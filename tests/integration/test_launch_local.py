@@ -316,6 +316,30 @@ def test_a_detached_launcher_goes_on_by_itself(launcher: Callable[..., Launched]
     assert run.verdict()["exit_code"] == 75 and "stopped and saved" in (run.run_dir / "launch.log").read_text()
 
 
+@pytest.mark.parametrize("stubborn", [False, True])
+def test_ctrl_c_while_a_detached_launcher_starts_ends_it(
+    launcher: Callable[..., Launched], tmp_path: Path, stubborn: bool
+) -> None:
+    """It has a session of its own, so the terminal does not tell it. Here it starts for ever, before it owns the run folder."""
+    started = tmp_path / "started"
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal, sys, time\n"
+        "if '--detach' not in sys.orig_argv and any(word.endswith('launch.py') for word in sys.orig_argv):\n"
+        f"    signal.signal(signal.SIGTERM, signal.{'SIG_IGN' if stubborn else 'SIG_DFL'})\n"
+        f"    open({str(started)!r} + '.part', 'w').write(str(os.getpid()))\n"
+        f"    os.rename({str(started)!r} + '.part', {str(started)!r})\n"
+        "    time.sleep(120)\n"
+    )
+    run = launcher("--detach", "--grace", "0", program=PLAIN, env={"PYTHONPATH": str(tmp_path)})
+    wait_until(started.exists, "the detached launcher has started")
+    child = int(started.read_text())
+    assert Path(f"/proc/{child}").exists()
+    run.process.send_signal(signal.SIGINT)
+    code, _, err = run.end()
+    assert code == 130 and "Traceback" not in err
+    assert not Path(f"/proc/{child}").exists() and not (run.run_dir / "job.json").exists() and not run.agents()
+
+
 def test_exit_75_of_all_ranks_is_75(launcher: Callable[..., Launched]) -> None:
     assert launcher("--nodes", "2", program="import sys; sys.exit(75)").end()[0] == 75
 

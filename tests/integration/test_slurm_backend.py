@@ -228,7 +228,7 @@ def test_the_script_is_what_runs_and_runs_alone(
     submitted = Launched(cluster, folder, "alone", *words[6:-3], "--sbatch", "comment=c", command="always")
     assert submitted.end() == 0, submitted.said()
     ran = parsed((submitted.run_dir / "slurm" / f"{submitted.job}_submission.sh").read_text())
-    assert ran.pop("comment") == "c" and ran == parsed(path.read_text())
+    assert ran.pop("comment").startswith("c slotstream ") and ran == parsed(path.read_text())
 
 
 def test_bad_input_is_one_line_and_nothing_is_submitted(
