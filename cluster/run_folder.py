@@ -20,7 +20,7 @@ RECORDED_PREFIXES = ("CUDA", "DS_", "GLOO_", "HYDRA_", "LC_", "MKL_", "NCCL_", "
                      "PYTORCH", "RAY_", "SLOTSTREAM_", "SLURM_", "SUBMITIT_", "TORCH", "TRITON_", "UCX_", "XFORMERS")  # fmt: skip
 RECORDED_NAMES = ("LANG", "LD_LIBRARY_PATH", "LD_PRELOAD", "PATH", "TERM", "VIRTUAL_ENV")
 NEVER_RECORDED = ("RAY_JOB_CONFIG_JSON_ENV_VAR",)  # of `ray job submit`: all env_vars of the job, as JSON
-SECRET = re.compile(r"KEY|TOKEN(?!IZER)|SECRET|PASSW|PASSPHRASE|CREDENTIAL|AUTH|COOKIE|PRIVATE|JWT|SIGNATURE", re.IGNORECASE)
+SECRET = re.compile(r"(?<!QUERY_)KEY|TOKEN(?!IZER)|SECRET|PASSW|PASSPHRASE|CREDENTIAL|AUTH|COOKIE|PRIVATE|JWT|SIGNATURE", re.IGNORECASE)
 # KEY= wherever it stands in a word: an override, `export KEY=`, export=ALL,KEY=; in {KEY: ...} and "KEY: ..." a colon.
 SECRET_GIVEN = re.compile(rf"((?:{SECRET.pattern})[\w@\[\]'\"-]*\W*?(?:=|:(?=\s|.*\}}))).+", re.IGNORECASE | re.DOTALL)
 LOGIN_IN_URL = re.compile(r"(\w+://)[^/\s]+@")

@@ -12,12 +12,13 @@ import json
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as NotYet  # another class than the built-in one before Python 3.11
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from data_pipeline.errors import StateError, StorageError
-from trainer import checkpoint, distributed
+from trainer import checkpoint, distributed, heartbeat
 from trainer.checkpoint_write import Saved, publish
 from trainer.config import CheckpointConfig
 from trainer.engine import Engine
@@ -25,6 +26,8 @@ from trainer.snapshot import Snapshot, SnapshotTaker
 from trainer.state import TrainState
 
 LAST_WAIT_S = 60.0  # how long an attempt that ends with an error still waits for a save in flight
+LOOK_EVERY_S = 5.0  # ranks that wait for a save hear so often that it goes on: a large one outlasts any collective's timeout
+STALLED_S = 10.0  # a save of which nothing has reached the disk for so long goes on no more: who waits for it then hangs, visibly
 
 
 class Told(Protocol):
@@ -69,6 +72,7 @@ class Saver:
         self._snapshots = SnapshotTaker(engine)
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._begun: int | None = None  # step of the save in flight
+        self._moved_at = 0.0  # when more of it had reached the disk
         self._stall_s = 0.0  # how long the training loop waited for it
         self._future: Future[Outcome] | None = None  # on rank 0
         self._found: list[str] = []  # damaged checkpoints that the thread came across
@@ -90,6 +94,11 @@ class Saver:
             return
         if final or not self.config.asynchronous:
             self._settle(give_up=True, final=final)
+
+    @property
+    def in_flight(self) -> int | None:
+        """Rank 0: the step whose checkpoint is being written."""
+        return self._begun if self._future is not None and not self._future.done() else None
 
     def has_news(self) -> bool:
         """Rank 0: a save has ended that the others do not know of. Not collective."""
@@ -123,7 +132,7 @@ class Saver:
     def close(self) -> None:
         """Give a save in flight the time to end, whatever ended the attempt. Not collective; may be called twice."""
         if self._future is not None:
-            with contextlib.suppress(TimeoutError):
+            with contextlib.suppress(NotYet), heartbeat.during("save"):
                 self._future.exception(LAST_WAIT_S)
         self._writer.shutdown(wait=False, cancel_futures=True)
 
@@ -134,6 +143,7 @@ class Saver:
         snapshot = self._snapshots.take()
         self._begun = state.step
         if snapshot is not None:
+            self._moved()
             self._future = self._writer.submit(self._write, snapshot, state, began)
         self._stall_s = time.perf_counter() - began
 
@@ -141,14 +151,19 @@ class Saver:
         """In rank 0's thread: no collectives, no heartbeat, no shared random numbers."""
         saved, why, fatal = None, "", False
         try:
-            saved = publish(self.root, snapshot, state, self._probe, self._fence)
+            saved = publish(self.root, snapshot, state, self._probe, self._fence, self._moved)
         except Exception as error:  # whatever it is, the ranks must learn of it where they meet
             why = checkpoint.cannot_write(state.step, self.root, error)
             fatal = not isinstance(error, OSError)
         return Outcome(state.step, time.perf_counter() - began, saved, why, fatal)
 
+    def _moved(self) -> None:
+        self._moved_at = time.monotonic()
+
     def _retire(self, trusted: Path) -> None:
-        with contextlib.suppress(OSError):  # what could not be removed now is tried again after the next save
+        """What could not be removed now is tried again after the next save; by the folder's new owner where there is one."""
+        with contextlib.suppress(OSError, StateError):
+            self._fence()
             checkpoint.retire(self.root, self.config.keep, trusted, self._found.append)
 
     def _settle(self, give_up: bool, final: bool = False) -> None:
@@ -156,7 +171,8 @@ class Saver:
         if self._begun is None:
             return
         waited = time.perf_counter()
-        outcome = distributed.from_main(None if self._future is None else self._future.result())
+        while (outcome := distributed.from_main(self._awaited())) is None:
+            pass
         stall_s = self._stall_s + time.perf_counter() - waited
         self._begun = self._future = None
         self._report()
@@ -172,6 +188,17 @@ class Saver:
             raise StorageError(outcome.why)
         if give_up and self._failures >= self.config.max_failures:
             raise StorageError(f"{outcome.why}; {self._failures} saves in a row failed (checkpoint.max_failures)")
+
+    def _awaited(self) -> Outcome | None:
+        """On rank 0: how the save in flight ended, or None when it goes on after a while."""
+        if self._future is None:
+            return None
+        while True:
+            try:
+                return self._future.result(LOOK_EVERY_S)
+            except NotYet:
+                if time.monotonic() - self._moved_at < STALLED_S:
+                    return None
 
     def _report(self) -> None:
         found, self._found = self._found, []

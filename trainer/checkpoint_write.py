@@ -27,6 +27,7 @@ FORMAT = "slotstream-checkpoint/1"
 HINT = "newest.json"
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 BLOCK = 1 << 23  # bytes written and hashed at a time, both without Python's lock
+SYNC_EVERY = 1 << 25  # bytes; a whole file at the end would be minutes on a slow disk in which nothing seems to move
 SMALL_FILES = 1 << 20  # more than what state, manifest, hint and folders need on any file system
 
 
@@ -48,9 +49,11 @@ def publish(
     state: TrainState,
     probe: Callable[[Mapping[str, torch.Tensor]], dict[str, float]] | None = None,
     fence: Callable[[], None] = lambda: None,
+    moved: Callable[[], None] = lambda: None,
 ) -> Saved:
     """Write and name a checkpoint. `probe` gives the losses that are kept beside it; `fence` raises when this process may not
-    publish any more, and is asked at the last moment.
+    publish any more, and is asked before anything is touched and at the last moment; `moved` is called whenever more of it
+    lies on the disk.
 
     Raises OSError when it cannot be written, StateError when its weights are not finite or the fence says no: nothing of it is
     left then, and what was there before is untouched.
@@ -60,6 +63,8 @@ def publish(
     losses = probe(weights.tensors) if probe is not None else {}
     if not all(map(math.isfinite, losses.values())):
         raise StateError("weights give outputs that are not finite; lower optim.lr")
+    moved()
+    fence()  # what looks stale below may be the new owner's
     root.mkdir(parents=True, exist_ok=True)
     for stale in (*root.glob(".writing_*"), *root.glob(".removing_*")):
         shutil.rmtree(stale, ignore_errors=True)
@@ -72,8 +77,8 @@ def publish(
         folder.mkdir()
         content = {"train": state.to_json(), "probe": losses}
         files = {
-            "model.safetensors": write_tensors(folder / "model.safetensors", weights),
-            "optimizer.safetensors": write_tensors(folder / "optimizer.safetensors", snapshot.moments),
+            "model.safetensors": write_tensors(folder / "model.safetensors", weights, moved),
+            "optimizer.safetensors": write_tensors(folder / "optimizer.safetensors", snapshot.moments, moved),
             "state.json": _write(folder / "state.json", [json.dumps(content, indent=1).encode()]),
         }
         manifest = {"format": FORMAT, "step": state.step, "files": files}
@@ -91,23 +96,29 @@ def publish(
     return Saved(path=target, num_bytes=sum(entry["bytes"] for entry in files.values()))
 
 
-def write_tensors(path: Path, tensors: HostTensors) -> dict[str, Any]:
-    """Write a safetensors file; its entry in the manifest."""
+def write_tensors(path: Path, tensors: HostTensors, moved: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    """Write a safetensors file; its entry in the manifest. `moved`: see `publish`."""
     content = tensors.content()
     parts = (content[begin : begin + BLOCK] for begin in range(0, len(content), BLOCK))
-    return _write(path, (part for group in ((tensors.header,), parts) for part in group))
+    return _write(path, (part for group in ((tensors.header,), parts) for part in group), moved)
 
 
-def _write(path: Path, parts: Iterable[bytes | memoryview]) -> dict[str, Any]:
+def _write(path: Path, parts: Iterable[bytes | memoryview], moved: Callable[[], None] = lambda: None) -> dict[str, Any]:
     """Write a file, hash what is written on the way, return when it lies on the disk."""
-    digest, size = hashlib.sha256(), 0
+    digest, size, synced = hashlib.sha256(), 0, 0
     with path.open("wb") as file:
         for part in parts:
             file.write(part)
             digest.update(part)
             size += len(part)
+            if size - synced >= SYNC_EVERY:
+                file.flush()
+                os.fdatasync(file.fileno())
+                synced = size
+                moved()
         file.flush()
         os.fsync(file.fileno())
+    moved()
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 

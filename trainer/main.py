@@ -73,6 +73,10 @@ def _train(config: RunConfig, stop: StopRequest) -> int:
         training.observer.non_finite()
         saved = f"step {training.good_step}" if training.good_step >= 0 else "none"
         raise NonFiniteLoss(f"{error}; last good checkpoint: {saved}") from None
+    except Exception as error:
+        if training.saver.in_flight is not None:  # it may take a minute, in which nobody would know why
+            training.observer.console.note(f"ending on {error}; first the checkpoint of step {training.saver.in_flight}")
+        raise
     finally:
         training.close()
 

@@ -190,9 +190,13 @@ class Training:
         if config.evaluate.at_end:
             result = self._evaluate(config.observe.report_videos if config.observe.report else 0)
             baselines = self._baselines() if config.evaluate.baselines else {}
-        self.saver.finish()
+        with heartbeat.during("save"):  # the same bytes again: on a slow disk longer than anything else that comes at the end
+            self.saver.finish()
+            if self.world.rank == 0:
+                last = self.checkpoints / checkpoint.folder_name(self.step)
+                export.keep_last(self.run, last, config, self.observer.console.note)
+            distributed.barrier()
         if self.world.rank == 0:
-            export.keep_last(self.run, self.checkpoints / checkpoint.folder_name(self.step), config, self.observer.console.note)
             write_atomically(self.run / "DONE", f"step {self.step}\n")
         self.observer.finished(self.step, result, baselines)
         distributed.barrier()

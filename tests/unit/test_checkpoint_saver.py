@@ -15,7 +15,7 @@ import torch
 
 from data_pipeline.errors import StateError, StorageError
 from data_pipeline.order import Position
-from trainer import checkpoint, checkpoint_write
+from trainer import checkpoint, checkpoint_saver, checkpoint_write
 from trainer.checkpoint_saver import Saver, owner_fence
 from trainer.config import CheckpointConfig, ModelConfig, OptimConfig, ParallelConfig
 from trainer.engine import Engine
@@ -121,6 +121,32 @@ def test_the_next_save_waits_for_the_one_in_flight(saver, notes, gate):
     assert notes.saved_steps == [1] and saver.saved_step == 1
     saver.save(state(2), final=True)
     assert notes.saved_steps == [1, 2] and steps(saver.root) == [2, 1]
+
+
+def test_who_waits_hears_that_a_save_goes_on_and_nothing_when_it_is_stuck(saver, gate, monkeypatch):
+    monkeypatch.setattr(checkpoint_saver, "LOOK_EVERY_S", 0.02)
+    saver.save(state(1))
+    assert gate.entered.wait(60) and saver.in_flight == 1
+    assert [saver._awaited() for _ in range(3)] == [None] * 3
+    monkeypatch.setattr(checkpoint_saver, "STALLED_S", 0.0)
+    threading.Timer(0.5, gate.set).start()
+    assert saver._awaited().saved is not None  # it did not come back before the end
+    assert saver.in_flight is None
+
+
+def test_what_looks_stale_is_left_to_a_new_owner(engine, tmp_path, notes):
+    root = tmp_path / "checkpoints"
+    for name in (".writing_step_00000009_1", ".removing_step_00000001"):
+        (root / name).mkdir(parents=True)
+
+    def fence():
+        raise StateError("the folder is attempt 2's")
+
+    saver = Saver(root, CheckpointConfig(keep=1), engine, notes, fence=fence)
+    with pytest.raises(StateError, match="attempt 2"):
+        saver.save(state(1), final=True)
+    saver.close()
+    assert len(list(root.glob(".*_step_*"))) == 2 and steps(root) == []
 
 
 def test_host_memory_is_taken_once(saver):

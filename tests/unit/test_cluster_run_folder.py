@@ -71,6 +71,7 @@ def test_records_hold_what_changes_a_run_and_no_secret(tmp_path: Path) -> None:
 def test_names_of_secrets() -> None:
     assert clean_word("a.password=x") == "a.password=<hidden>"
     assert clean_word("optim.lr=1") == "optim.lr=1"
+    assert clean_word("model.query_key_gain=2") == "model.query_key_gain=2"  # a resume needs it
     assert clean_word("data.root=https://host/shards?sig=s3cret") == "data.root=https://host/shards?<hidden>"
     assert clean_environment({"SLURM_JWT": "x", "LANG": "C"}) == {"LANG": "C", "SLURM_JWT": "<hidden>"}
 
