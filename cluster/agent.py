@@ -58,20 +58,26 @@ class Rank:
         self.local_rank = local_rank
         self.log = task.log(self.number)
         self._pumps: list[threading.Thread] = []
+        self._outputs = ConsoleOutputs() if self.number == 0 and task.console else None
+        try:
+            self.process = self._start(task, beats)
+        except BaseException:
+            self._close_outputs()
+            raise
+
+    def _start(self, task: NodeTask, beats: RankBeats) -> subprocess.Popen[bytes]:
         with open(self.log, "ab", buffering=0) as log:
-            outputs = ConsoleOutputs() if self.number == 0 and task.console else None
-            stdout, stderr = outputs.descriptors if outputs else (log.fileno(), log.fileno())
-            self.process = subprocess.Popen(
+            stdout, stderr = self._outputs.descriptors if self._outputs else (log.fileno(), log.fileno())
+            return subprocess.Popen(
                 task.rank_command(),
                 stdin=subprocess.DEVNULL,
                 stdout=stdout,
                 stderr=stderr,
-                env={**full_environment(task, local_rank, os.environ), **beats.environment(local_rank)},
+                env={**full_environment(task, self.local_rank, os.environ), **beats.environment(self.local_rank)},
                 cwd=task.folder if task.folder and Path(task.folder).is_dir() else None,
                 start_new_session=True,
-                preexec_fn=_before_start(cores_of_rank(task.bind, task.cores, local_rank, task.ranks)),
+                preexec_fn=_before_start(cores_of_rank(task.bind, task.cores, self.local_rank, task.ranks)),
             )
-        self._outputs = outputs
 
     def start_pumps(self) -> None:
         """Begin to copy the output to console and log. After the last fork: threads and forks do not mix."""
@@ -93,7 +99,12 @@ class Rank:
         code = self.process.wait()
         for pump in self._pumps:
             pump.join(timeout=2.0)
+        self._close_outputs()
         return code
+
+    def _close_outputs(self) -> None:
+        if self._outputs is not None:
+            self._outputs.close()
 
 
 def _before_start(cores: Sequence[int]) -> Callable[[], None]:
@@ -120,7 +131,7 @@ class Attempt:
         self._grace = task.grace
         self._kill_at: float | None = None
         self._beats = RankBeats(None, task.ranks)
-        self._events = open(task.events, "a", buffering=1)  # noqa: SIM115 - open until the attempt is over
+        self._events = open(task.events, "ab", buffering=0)  # noqa: SIM115 - open until the attempt is over
         self._spawn()
 
     def _spawn(self) -> None:
@@ -212,12 +223,16 @@ class Attempt:
                              "NODE_RANK": str(self.task.node)})  # fmt: skip
         self._beats.close()
         self._report("end", code=self._code)
-        self._events.close()
+        with contextlib.suppress(OSError):  # a network file system may say only here that its disk is full
+            self._events.close()
 
     def _report(self, event: str, **facts: Any) -> None:
         record = {"event": event, "node": self.task.node, "time": time.time(), **facts}
+        line = json.dumps(record).encode() + b"\n"
         with contextlib.suppress(OSError):  # a full disk must not end the node: the supervisor hears it all the same
-            self._events.write(json.dumps(record) + "\n")
+            written = self._events.write(line)
+            if written < len(line):  # no half line, to which the next would stick
+                self._events.truncate(self._events.tell() - written)
         self._send_message({"type": event, "attempt": self.task.attempt, **record})
 
 
@@ -289,13 +304,28 @@ class Agent:
             act(self._attempt)
 
     def _claim(self, message: Message) -> None:
-        """Answer with a port for rank 0, and whether this node sees the run folder of the supervisor."""
+        """Answer with a port for rank 0, and whether this node sees the run folder of the supervisor.
+
+        "why" says what is wrong where this node cannot run ranks; the port is then None.
+        """
         if self._port is not None:
             self._port.close()
-        self._port = Port(self._link.address) if message.get("port") else None
+        self._port, why = None, self._why_not()
+        if message.get("port") and not why:
+            try:
+                self._port = Port(self._link.address)
+            except OSError as error:
+                why = f"{socket.gethostname()}: {error}"
         port = self._port.number if self._port else 0
         shared = self._sees(str(message["file"]), str(message["session"]))
-        self._link.send({"type": "claimed", "attempt": message["attempt"], "port": port, "shared": shared})
+        answer = {"attempt": message["attempt"], "port": None if why else port, "shared": shared, "why": why}
+        self._link.send({"type": "claimed", **answer})
+
+    def _why_not(self) -> str:
+        """Why this agent takes no ranks now; "" when it does."""
+        if self._attempt is not None:
+            return f"{socket.gethostname()}: ranks of attempt {self._attempt.task.attempt} have not ended yet"
+        return f"{socket.gethostname()}: the agent was sent away" if self._leaving else ""
 
     def _sees(self, file: str, session: str) -> bool:
         deadline = time.monotonic() + SHARED_WITHIN
@@ -310,13 +340,18 @@ class Agent:
 
     def _start(self, message: Message) -> None:
         task = NodeTask.from_message(message["task"])
-        if self._attempt is not None or self._leaving:
-            return
+        why = self._why_not()
+        if not why:
+            try:
+                self._begin(task)
+            except OSError as error:
+                why = f"{socket.gethostname()}: {error}"
+        if why:  # else the other nodes wait for this one's ranks
+            self._link.send({"type": "refused", "attempt": task.attempt, "why": why})
+
+    def _begin(self, task: NodeTask) -> None:
         kill_processes_with({"SLOTSTREAM_SESSION": task.session, "SLOTSTREAM_SLOT": str(task.slot)})  # of a killed predecessor
-        try:
-            self._attempt = Attempt(task, self._link.send)
-        except OSError as error:
-            self._link.send({"type": "refused", "attempt": task.attempt, "why": f"{socket.gethostname()}: {error}"})
+        self._attempt = Attempt(task, self._link.send)
 
     def _bye(self, message: Message) -> None:
         self._leaving = True

@@ -139,19 +139,22 @@ class Port:
 
 
 def _claim_port(address: str) -> tuple[int, socket.socket | None]:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
     first, last = 10000, _ephemeral_start() - 1
     candidates = random.SystemRandom().sample(range(first, last), 200) if last - first > 1000 else []
+    why: str | None = "other launchers hold them"
     for number in [*candidates, 0]:
-        with socket.socket() as probe:
+        with socket.socket(family) as probe:
             try:
                 probe.bind((address, number))
-            except OSError:
+            except OSError as error:
+                why = error.strerror
                 continue
             number = probe.getsockname()[1]
         claim = _claim_name(number)
         if claim is not False:
             return number, claim or None
-    raise OSError("no free TCP port between 10000 and 65535; another program holds them all")
+    raise OSError(f"no free TCP port at {address} between 10000 and 65535: {why}")
 
 
 def _claim_name(number: int) -> Any:

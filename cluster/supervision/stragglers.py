@@ -6,8 +6,9 @@ node is slow by its link: it answers late while steps are mostly communication.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import defaultdict, deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
@@ -51,6 +52,13 @@ class Finding:
         return {**asdict(self), "culprits": list(self.culprits)}
 
 
+def median_of_others(ordered: Sequence[float], own: float) -> float:
+    """The median of all values but one `own`; `ordered`: two or more values, sorted once for all who ask, own among them."""
+    place = bisect_left(ordered, own)
+    low, high = (len(ordered) - 2) // 2, (len(ordered) - 1) // 2  # of the others: the two in the middle, or twice the middle
+    return (ordered[low + (low >= place)] + ordered[high + (high >= place)]) / 2
+
+
 class Stragglers:
     """Ranks whose own work takes longer than the others', by groups of steps that all ranks have finished."""
 
@@ -92,8 +100,9 @@ class Stragglers:
 
     def _compare(self, track: str, own: Mapping[int, float], parts: Mapping[int, Mapping[str, float]]) -> list[Finding]:
         findings = []
+        ordered = sorted(own.values())
         for rank in sorted(own):
-            others = median(value for other, value in own.items() if other != rank)
+            others = median_of_others(ordered, own[rank])
             least = max(others, self._usual_save(own[rank])) if (track, rank) == ("save", 0) else others
             excess = own[rank] - least
             slow = own[rank] > SLOWER * least and excess > LEAST_EXCESS_S
@@ -160,8 +169,9 @@ class Links:
         findings = []
         matters = ranks.communication_share > COMMUNICATION_SHARE and not ranks.suspects
         self.far = []
+        ordered = sorted(rtt.values())
         for node in sorted(rtt) if len(rtt) > 1 else []:
-            others = median(value for other, value in rtt.items() if other != node)
+            others = median_of_others(ordered, rtt[node])
             far = rtt[node] > LINK_SLOWER * others and rtt[node] > LINK_LEAST_S
             self.far += [node] * far
             change = self._episodes.count(node, far and matters, not far)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import secrets
 import signal
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.config import LaunchConfig, LaunchError, override_value
-from cluster.console import LogTail
+from cluster.console import Console, LogTail
 from cluster.hub import Hub, Message
 from cluster.layout import NodeFacts, NodeTask, headline, node_tasks
 from cluster.network import hub_address, reachable
@@ -338,10 +339,16 @@ class Supervisor:
 
     def _note(self, event: str, attempt: int | None = None, **facts: Any) -> None:
         number = attempt if attempt is not None else self._group.attempt if self._group else None
-        self._log.write(event, number, **facts)
+        self._log.write(event, number, job=self._config.job, **facts)
 
 
 def say(text: str) -> None:
-    """A line for the user. A terminal that went away is no reason to end a run."""
+    """A line for the user. A terminal that is paused, or went away, is no reason to end a run."""
     with contextlib.suppress(OSError):
-        print(text, file=sys.stderr, flush=True)
+        console, line = _stderr(), f"{text}\n".encode(errors="backslashreplace")
+        console.leave_out(len(line) - console.write(line))
+
+
+@functools.cache
+def _stderr() -> Console:
+    return Console(sys.stderr.fileno())
