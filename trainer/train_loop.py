@@ -29,6 +29,7 @@ from trainer.config import RunConfig
 from trainer.device_feed import DeviceFeed
 from trainer.engine import Engine, choose_device
 from trainer.observe.observer import Observer
+from trainer.observe.run_log import read_log
 from trainer.patches import data_world
 from trainer.preemption import Interrupted, StopRequest
 from trainer.probe import Probe
@@ -104,6 +105,8 @@ class Training:
         config = self.config
         shares = real_per_rank(config, self.data_world)
         schedule = SCHEDULES[config.optim.schedule]
+        if self.begun_at and self._evaluation_is_due() and not distributed.from_main(self._has_scores()):
+            self._evaluate()  # it was cut off by what ended the last attempt
         batches, read = self._batches()
         while self.step < config.optim.max_steps:
             heartbeat.mine().step(self.step)
@@ -121,7 +124,7 @@ class Training:
                 return self._stop_early()
             if self._due(config.checkpoint.every_steps):
                 self._save()
-            if self._due(config.evaluate.every_steps) and self.step < config.optim.max_steps:
+            if self._evaluation_is_due():
                 self._evaluate()
         return self._finish()
 
@@ -140,6 +143,15 @@ class Training:
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
+
+    def _evaluation_is_due(self) -> bool:
+        return self._due(self.config.evaluate.every_steps) and self.step < self.config.optim.max_steps
+
+    def _has_scores(self) -> bool:
+        """Rank 0: the log has an evaluation of this step."""
+        if self.world.rank != 0:
+            return False
+        return any(line["step"] == self.step and "evaluate/seconds" in line for line in read_log(self.run / "metrics.jsonl"))
 
     def _state(self) -> TrainState:
         return TrainState(step=self.step, position=self.loader.state(), features=self.features.fingerprint)

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from tests.integration.ranks import ROOT, finish, start_ranks
-from tests.integration.tiny_run import applied_ids, arguments, losses, make_shards, moments, weights, write_split
+from tests.integration.tiny_run import applied_ids, arguments, lines, losses, make_shards, moments, weights, write_split
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +75,24 @@ def test_a_stop_request_ends_the_last_evaluation_too(whole, data, tmp_path):
     assert not (runs / "scoring" / "DONE").exists()
     run_to_end(world, data, runs, "scoring", tmp_path / "again", "evaluate.at_end=true", "evaluate.baselines=false")
     assert_same_end(runs, world, "scoring")
+
+
+def test_an_evaluation_that_was_cut_off_is_made_up_for(whole, data, tmp_path):
+    """Save and evaluation fall due at step 5; the run is stopped in the evaluation, and goes on from that very step."""
+    world, runs = whole
+    more = ["evaluate.every_steps=5", "checkpoint.every_steps=5", "evaluate.baselines=false"]
+    processes = start_ranks(world, arguments(data, runs, "scores", *more, "evaluate.mask_size=3000"), tmp_path)
+    wait_for_step(runs / "scores", 5, processes)
+    processes[0].send_signal(signal.SIGTERM)
+    assert finish(processes) == [75] * world
+    assert not scored(runs / "scores")
+    run_to_end(world, data, runs, "scores", tmp_path / "again", *more)
+    assert scored(runs / "scores") == [5]
+    assert_same_end(runs, world, "scores")
+
+
+def scored(run: Path) -> list[int]:
+    return [line["step"] for line in lines(run / "metrics.jsonl") if "evaluate/seconds" in line]
 
 
 def test_five_and_five_equal_ten(whole, data, tmp_path):
