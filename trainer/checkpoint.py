@@ -7,8 +7,10 @@ finds, reads and retires them; checkpoint_write.py writes one, checkpoint_saver.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -16,8 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
 from torch import Tensor, nn
 
 from data_pipeline.errors import ConfigError, StateError
@@ -25,7 +25,7 @@ from trainer import distributed
 from trainer.checkpoint_write import FILES, FORMAT, Saved, folder_name, publish
 from trainer.engine import MOMENTS, AdamState, Engine
 from trainer.probe import difference, require_same_shapes
-from trainer.snapshot import SnapshotTaker
+from trainer.snapshot import HostTensors, SnapshotTaker
 from trainer.state import TrainState
 
 __all__ = ["Checkpoint", "candidates", "folder_name", "load_newest", "load_weights", "problem", "read", "retire", "save"]
@@ -56,25 +56,31 @@ def problem(path: Path) -> str:
     """Why a checkpoint folder does not verify; "" when it does. Reads every byte."""
     try:
         for name, entry in _manifest(path).items():
-            for _ in _verified_blocks(path / name, entry):
-                pass
+            with _verifying(path / name, entry) as fill:
+                block = memoryview(bytearray(min(BLOCK, entry["bytes"])))
+                for begin in range(0, entry["bytes"], BLOCK):
+                    fill(block[: entry["bytes"] - begin])
         return ""
     except StateError as error:
         return str(error)
 
 
 def read(path: Path) -> Checkpoint:
-    """Read a checkpoint. What is read is what was verified: every file is hashed as it comes into memory, once.
+    """Read a checkpoint. What is read is what was verified: every file is hashed as it comes into memory, once, and to stay: 12
+    bytes for each number of the model.
 
     Raises StateError, without the folder's name, when it does not verify.
     """
     entries = _manifest(path)
     try:
-        stored = json.loads(_verified_bytes(path / "state.json", entries["state.json"]))
+        with _verifying(path / "state.json", entries["state.json"]) as fill:
+            text = bytearray(entries["state.json"]["bytes"])
+            fill(memoryview(text))
+        stored = json.loads(text)
         state = TrainState.from_json(stored["train"])
-        weights = load_tensors(_verified_bytes(path / "model.safetensors", entries["model.safetensors"]))
-        moments = load_tensors(_verified_bytes(path / "optimizer.safetensors", entries["optimizer.safetensors"]))
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        weights = _read_tensors(path / "model.safetensors", entries["model.safetensors"])
+        moments = _read_tensors(path / "optimizer.safetensors", entries["optimizer.safetensors"])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise StateError(f"hashes verify but its content cannot be read ({type(error).__name__}: {error})") from None
     if folder_name(state.step) != path.name:
         raise StateError(f"it holds step {state.step}")
@@ -215,21 +221,48 @@ def _manifest(path: Path) -> dict[str, Any]:
         raise StateError(f"manifest.json cannot be read ({type(error).__name__}: {error})") from None
 
 
-def _verified_bytes(path: Path, entry: Mapping[str, Any]) -> bytes:
-    return b"".join(_verified_blocks(path, entry))
+def _read_tensors(path: Path, entry: Mapping[str, Any]) -> dict[str, Tensor]:
+    """A file's tensors, read to where they stay. Raises StateError when it does not verify, ValueError and others when it is
+    not as checkpoint_write.py writes it."""
+    with _verifying(path, entry) as fill:
+        length = bytearray(8)
+        fill(memoryview(length))
+        size = int.from_bytes(length, "little")
+        if 8 + size > entry["bytes"]:
+            raise ValueError(f"a header of {size} bytes")
+        text = bytearray(size)
+        fill(memoryview(text))
+        shapes = {name: item["shape"] for name, item in json.loads(text).items() if name != "__metadata__"}
+        if 8 + size + 4 * sum(map(math.prod, shapes.values())) != entry["bytes"]:
+            raise ValueError("shapes and size do not fit")
+        made = HostTensors(shapes)
+        if made.header != length + text:
+            raise ValueError("its header is not that of float32 tensors in the order of their names")
+        fill(made.content())
+    return made.tensors
 
 
-def _verified_blocks(path: Path, entry: Mapping[str, Any]) -> Iterator[bytes]:
-    """A file's bytes, block by block; raises StateError, at the end at the latest, when they are not those of its entry."""
+@contextlib.contextmanager
+def _verifying(path: Path, entry: Mapping[str, Any]) -> Iterator[Callable[[memoryview], None]]:
+    """Yields what fills a buffer with the file's next bytes. All must be read: at the end StateError is raised when they are not
+    those of its entry."""
     digest = hashlib.sha256()
     try:
-        with path.open("rb") as file:
+        with path.open("rb", buffering=0) as file:
             size = path.stat().st_size
             if size != entry["bytes"]:
                 raise StateError(f"{path.name} has {size} bytes, the manifest says {entry['bytes']}")
-            while block := file.read(BLOCK):
-                digest.update(block)
-                yield block
+
+            def fill(buffer: memoryview) -> None:
+                done = 0
+                while done < len(buffer):
+                    count = file.readinto(buffer[done : done + BLOCK])
+                    if not count:
+                        raise StateError(f"{path.name} ended while it was read")
+                    digest.update(buffer[done : done + count])
+                    done += count
+
+            yield fill
     except FileNotFoundError:
         raise StateError(f"{path.name} is missing") from None
     except OSError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -11,13 +12,17 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 
+from benchmarks.measure import peak_resident_bytes
 from data_pipeline.errors import ConfigError, StateError
 from data_pipeline.order import Position
 from trainer import checkpoint
+from trainer.checkpoint_write import publish
 from trainer.config import ModelConfig, OptimConfig, ParallelConfig
 from trainer.engine import Engine
 from trainer.model.network import VideoSlotModel
+from trainer.snapshot import HostTensors, Snapshot
 from trainer.state import TrainState
 
 CONFIG = ModelConfig(num_slots=3, slot_dim=8, feature_dim=6, grid=[2, 3], predictor_heads=2, decoder_hidden=[10, 9])
@@ -226,6 +231,45 @@ def test_a_manifest_that_promises_less_does_not_verify(root, edit, words):
     path.write_text(json.dumps(manifest))
     assert words in checkpoint.problem(path.parent)
     assert checkpoint.load_newest(root, lambda text: None).state.step == 20
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\xff" * 8 + b"{}",
+        (100).to_bytes(8, "little") + b"{}",
+        (2).to_bytes(8, "little") + b"[]",
+        to_bytes({"a": torch.zeros(3, dtype=torch.float64)}),
+        to_bytes({"a": torch.zeros(3)}) + bytes(4),
+        HostTensors({"a": (3,)}).header[:-1] + b"\t" + bytes(12),
+        b"",
+    ],
+)
+def test_a_file_that_is_not_ours_is_refused_though_its_hash_is_right(root, content):
+    path = root / "step_00000030"
+    (path / "model.safetensors").write_bytes(content)
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"]["model.safetensors"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(StateError, match="cannot be read|ended while"):
+        checkpoint.read(path)
+    assert checkpoint.load_newest(root, lambda text: None).state.step == 20
+
+
+def test_reading_takes_the_memory_of_what_is_read(tmp_path):
+    path, numbers = tmp_path / "step_00000007", 4_000_000
+    weights = HostTensors({"a": (numbers // 4, 3), "b": (numbers // 4,)})
+    moments = HostTensors({f"{key}/a": (numbers,) for key in ("exp_avg", "exp_avg_sq")})
+    for held in (weights, moments):
+        held.memory.copy_(torch.arange(held.memory.numel()))
+    publish(tmp_path, Snapshot(weights, moments), state(7))
+    found: list[checkpoint.Checkpoint] = []
+    grown, reset = peak_resident_bytes(lambda: found.append(checkpoint.read(path)))
+    assert torch.equal(found[0].weights["b"], weights.tensors["b"])
+    assert torch.equal(found[0].adam.exp_avg_sq["a"], moments.tensors["exp_avg_sq/a"])
+    if not reset:
+        pytest.skip("the kernel does not let a process reset its highest memory")
+    assert grown < 1.25 * 12 * numbers
 
 
 def test_the_content_of_another_step_does_not_verify(root):
