@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import errno
 import re
 import sys
 import typing
@@ -23,7 +24,7 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from data_pipeline.errors import ConfigError, DataError, StateError, StorageError
+from data_pipeline.errors import ConfigError, DataError, StateError, StorageError, say_error
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 T = TypeVar("T")
@@ -143,6 +144,7 @@ def _can_be_read(override: str) -> bool:
 
 
 NO_STORAGE = 74  # EX_IOERR of sysexits.h; cluster/supervision/policy.py has the same
+DISK_SAYS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)  # no room, or the disk itself fails
 
 
 def run_command(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> int:
@@ -151,17 +153,15 @@ def run_command(main: Callable[[list[str]], int | None], argv: Sequence[str] | N
     try:
         return int(main(list(sys.argv[1:] if argv is None else argv)) or 0)
     except (ConfigError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        say_error(f"error: {error}")
         return 2
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
-        print(
-            f"error: {error.strerror or error}{where}; check that the place exists, can be written and has room", file=sys.stderr
-        )
-        return 2
+        say_error(f"error: {error.strerror or error}{where}; check that the place exists, can be written and has room")
+        return NO_STORAGE if error.errno in DISK_SAYS else 2
     except StateError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say_error(f"error: {error}")
         return NO_STORAGE if isinstance(error, StorageError) else 1
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        say_error("interrupted")
         return 130

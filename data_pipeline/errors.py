@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import sys
 from collections.abc import Iterable
 
 
@@ -70,3 +72,9 @@ def check_path(key: str, value: str | None) -> None:
     """Raise ConfigError for an empty path, which would mean the current folder."""
     if value is not None and not value.strip():
         raise ConfigError(f"{key} is empty; a path is needed; give {key}=FOLDER")
+
+
+def say_error(text: str) -> None:
+    """Print on stderr. Where that cannot be written, on a full disk for example, the work goes on, or the exit code says it."""
+    with contextlib.suppress(OSError):
+        print(text.rstrip(), file=sys.stderr, flush=True)

@@ -27,6 +27,9 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk names none
+        raise
     finally:
         with contextlib.suppress(OSError):  # a second error, on a file system that is full or read-only, would hide the first
             temporary.unlink(missing_ok=True)

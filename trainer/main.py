@@ -24,7 +24,8 @@ Trains one model on shards, as one rank; `python cluster/launch.py --nodes N` st
   objective=ssync             group members: see configs/{data,model,objective,optim,parallel,observe}/
   optim.max_steps=1000        any setting by its full key
 
-Exit codes: 0 done, 75 stopped on request after a checkpoint (start it again), 2 a setting or a file is wrong, others failure.
+Exit codes: 0 done, 75 stopped on request after a checkpoint (start it again), 2 a setting or a file is wrong, 74 the disk
+refuses what must be written (mend it, start it again), others failure.
 """
 
 

@@ -53,14 +53,16 @@ def answer_stack_requests() -> None:
 def leave(code: int) -> None:
     """End this rank. Everything is written and closed by now: skip the interpreter's teardown, where gloo's threads now and then
     abort a process that has done its work, which the launcher would take for a failure."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # a full disk under this rank's output must not change its exit code
+            stream.flush()
     os._exit(code)
 
 
 def run_as_rank(command: Callable[[list[str]], int | None]) -> None:
     """Run a command to its end as one rank: every way out is an exit code, none goes through the interpreter's teardown."""
     from data_pipeline.compose import run_command
+    from data_pipeline.errors import say_error
 
     answer_stack_requests()
     code = 1
@@ -70,12 +72,9 @@ def run_as_rank(command: Callable[[list[str]], int | None]) -> None:
         code = request.code if isinstance(request.code, int) else 1
     except RuntimeError as error:
         if not LOST_PEER.search(str(error)):
-            traceback.print_exc()
+            say_error(traceback.format_exc())
         else:
-            print(
-                f"error: lost contact with another rank; see its log for the cause ({str(error).splitlines()[0][:160]})",
-                file=sys.stderr,
-            )
+            say_error(f"error: lost contact with another rank; see its log for the cause ({str(error).splitlines()[0][:160]})")
     except BaseException:
-        traceback.print_exc()
+        say_error(traceback.format_exc())
     leave(code)

@@ -72,13 +72,22 @@ def read_config(run: Path) -> RunConfig:
 
 
 def _refuse_other_settings(run: Path, config: RunConfig) -> None:
-    before, now = _flat(asdict(read_config(run))), _flat(asdict(config))
+    before, now = _fixed(read_config(run)), _fixed(config)
     for key in sorted(before.keys() | now.keys()):
-        if key.split(".")[0] in FIXED and not _is_free(key) and before.get(key) != now.get(key):
-            raise ConfigError(
+        if before.get(key) != now.get(key):
+            text = (
                 f"{key}={now.get(key)}, but run {run} was begun with {before.get(key)} and has checkpoints; "
                 "a run goes on with its settings; choose another name=..., or set the old value"
             )
+            raise ConfigError(without_secrets(text))
+
+
+def _fixed(config: RunConfig) -> dict[str, Any]:
+    """The settings that a run may not change. Of a dataset of the mixture the root is as free as data.root."""
+    tree = asdict(config)
+    for part in tree["data"]["mixture"]:
+        del part["root"]
+    return {key: value for key, value in _flat(tree).items() if key.split(".")[0] in FIXED and not _is_free(key)}
 
 
 def _is_free(key: str) -> bool:

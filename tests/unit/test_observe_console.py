@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import re
 
@@ -177,3 +178,29 @@ def test_score_table_parts():
 @pytest.mark.parametrize(("seconds", "text"), [(None, "?"), (0, "0:00"), (65.4, "1:05"), (3723, "1:02:03"), (3599.7, "1:00:00")])
 def test_seconds_as_text(seconds, text):
     assert format_seconds(seconds) == text
+
+
+class Gone(Terminal):
+    """A terminal, or a file on a disk, that takes no more from some time on."""
+
+    taken = True
+
+    def write(self, text: str) -> int:
+        if not self.taken:
+            raise OSError(errno.EIO, "Input/output error")
+        return super().write(text)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_an_output_that_takes_no_more_ends_no_run(terminal, monkeypatch):
+    monkeypatch.setattr(Gone, "isatty", lambda self: terminal)
+    now, stream = [0.0], Gone()
+    console = Console(400, stream=stream, clock=lambda: now[0])
+    console.start(0)
+    stream.taken = False
+    for step in (100, 200):
+        now[0] += 10.0
+        console.update(step, VALUES)
+        console.note("a note")
+    console.summary("the end")
+    console.close()

@@ -6,6 +6,7 @@ Comes in: a step and the values of its run-log line. Goes out: text on stderr (o
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections import deque
@@ -112,7 +113,8 @@ class Console:
 
     def close(self) -> None:
         if self._bar is not None:
-            self._bar.stop()
+            with contextlib.suppress(OSError):  # as in _draw
+                self._bar.stop()
 
     def _eta(self, step: int) -> float | None:
         then, first = self._recent[0]
@@ -124,14 +126,16 @@ class Console:
         now = self._clock()
         if due := now - self._drawn > _REFRESH_S:
             self._drawn = now
-        self._bar.update(self._bar.task_ids[0], completed=step, text=text, refresh=due)
+        with contextlib.suppress(OSError):  # a terminal that is gone
+            self._bar.update(self._bar.task_ids[0], completed=step, text=text, refresh=due)
 
     def _write(self, text: str) -> None:
-        if self._bar is not None:
-            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
-        else:
-            self.stream.write(text + "\n")
-            self.stream.flush()
+        with contextlib.suppress(OSError):  # a full disk under the output ends no run, nor changes its exit code
+            if self._bar is not None:
+                self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            else:
+                self.stream.write(text + "\n")
+                self.stream.flush()
 
 
 def progress_words(values: Mapping[str, Any]) -> dict[str, str]:
@@ -218,4 +222,4 @@ def _rich_bar(total_steps: int, stream: TextIO) -> Progress:
     return bar
 
 
-__all__ = ["Console", "data_wait_share", "format_seconds", "format_table", "percent", "progress_words"]
+__all__ = ["Console", "counted", "data_wait_share", "format_seconds", "format_table", "percent", "progress_words"]

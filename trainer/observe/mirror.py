@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
-from data_pipeline.errors import ConfigError, unknown_name
+from data_pipeline.errors import ConfigError, say_error, unknown_name
 
 POLL_S = 2.0
 HELP = """python -m trainer.observe.mirror run=runs/NAME to=tensorboard|wandb [follow=true] [out=FOLDER] [project=NAME]
@@ -162,8 +161,9 @@ class Follower:
                 copy(*pair)
             except Exception as error:  # another program's fault must not end a run
                 self._mirrors.remove(pair)
-                print(f"warning: a mirror of metrics.jsonl ended ({type(error).__name__}: {error}); training goes on; make it "
-                      "again later with python -m trainer.observe.mirror", file=sys.stderr, flush=True)  # fmt: skip
+                why = f"{type(error).__name__}: {error}"
+                again = "python -m trainer.observe.mirror"
+                say_error(f"warning: a mirror of metrics.jsonl ended ({why}); training goes on; make it again later with {again}")
 
     def close(self) -> None:
         """Returns when all that was logged has been handed on."""

@@ -6,13 +6,14 @@ Rank 0 writes metrics.jsonl and the report and owns the console; every rank serv
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from data_pipeline.batch import ClipBatch
+from data_pipeline.errors import StorageError, say_error
 from data_pipeline.loader import ClipLoader
 from data_pipeline.order import World
 from trainer import distributed
@@ -20,7 +21,7 @@ from trainer.config import RunConfig
 from trainer.engine import Engine
 from trainer.evaluate import Evaluation
 from trainer.metrics.throughput import Meter
-from trainer.observe.console import Console
+from trainer.observe.console import Console, counted
 from trainer.observe.mirror import Follower
 from trainer.observe.profiler import Profiler
 from trainer.observe.prometheus import StepStats
@@ -41,6 +42,7 @@ class Observer:
         asked = config.observe.profile, config.observe.profile_all_ranks
         self.profiler = Profiler(run, world.rank, *asked, stops_at=self._next_pause, say=self.console.note)
         self.log: RunLog | None = None
+        self._lost = 0  # lines of it that the disk has refused since it last took one
         self.order: RunLog | None = None
         self.mirror: Follower | None = None
         self.served = ServedRank(config, world, run, attempt) if config.observe.metrics else None
@@ -86,7 +88,8 @@ class Observer:
 
     def stepping(self, step: int, batch: ClipBatch) -> None:
         """Update number `step` (1 is the first) begins. Its samples are on record before any rank can save it, so that a rank
-        that is killed leaves no gap; where it was not applied, the run goes on before it and its line is taken back."""
+        that is killed leaves no gap; where it was not applied, the run goes on before it and its line is taken back. Raises
+        StorageError where the disk refuses it: a record with a gap is none."""
         if self.order is not None:
             real = slice(batch.num_real)
             self.order.write(step, {"ids": list(batch.sample_ids[real]), "positions": list(batch.positions[real])})
@@ -111,7 +114,7 @@ class Observer:
                 self.exporter.skipped(loader.skipped - self._skipped)
         if loader.skipped > self._skipped:
             for key, reason in list(loader.skip_reasons.items())[self._skipped :]:
-                print(f"warning: rank {self.world.rank} replaced damaged sample {key}: {reason}", file=sys.stderr, flush=True)
+                say_error(f"warning: rank {self.world.rank} replaced damaged sample {key}: {reason}")
         self._skipped = loader.skipped
         if step % self.config.observe.log_every == 0 or step == self.config.optim.max_steps or report.stop:
             self._logged(step, report, lr, engine, batch.epoch)
@@ -122,17 +125,14 @@ class Observer:
         """The checkpoint of `step` lies on the disk; it took so long, of which the training loop waited `stall_s`."""
         if self.exporter is not None:
             self.exporter.checkpoint_saved(num_bytes, seconds)
-        if self.log is not None:
-            values = {"checkpoint/bytes": num_bytes, "checkpoint/seconds": seconds, "checkpoint/stall_seconds": stall_s}
-            self.log.write(step, values)
+        self._write(step, {"checkpoint/bytes": num_bytes, "checkpoint/seconds": seconds, "checkpoint/stall_seconds": stall_s})
         self.meter.restart()
 
     def save_failed(self, step: int, why: str, in_a_row: int) -> None:
         """The checkpoint of `step` could not be written; training goes on, or the loop says why not."""
         if self.exporter is not None:
             self.exporter.checkpoint_save_failed()
-        if self.log is not None:
-            self.log.write(step, {"checkpoint/failures_in_a_row": in_a_row})
+        self._write(step, {"checkpoint/failures_in_a_row": in_a_row})
         self.console.note(f"warning: {why} ({in_a_row} in a row)")
 
     def verify_failed(self, text: str) -> None:
@@ -149,8 +149,7 @@ class Observer:
 
     def evaluated(self, step: int, result: Evaluation, seconds: float) -> None:
         scores = {f"metric/{name}": value for name, value in result.scores.items()}
-        if self.log is not None:
-            self.log.write(step, scores | {"evaluate/seconds": seconds, "evaluate/videos": result.num_videos})
+        self._write(step, scores | {"evaluate/seconds": seconds, "evaluate/videos": result.num_videos})
         if self.exporter is not None:
             self.exporter.score(scores)
         if scores:
@@ -188,15 +187,33 @@ class Observer:
     def close(self) -> None:
         self.profiler.close()
         self.console.close()
-        for log in (self.log, self.order):
-            if log is not None:
-                log.close()
+        if self.log is not None:
+            with contextlib.suppress(OSError):  # a network file system may say only here that its disk is full
+                self.log.close()
         if self.mirror is not None:
             self.mirror.close()
         if self.served is not None:
             self.served.close()
+        if self.order is not None:
+            self.order.close()
 
     # -- inside -----------------------------------------------------------------------------------------------------------
+
+    def _write(self, step: int, values: Mapping[str, Any]) -> bool:
+        """A line of metrics.jsonl; whether it is written. A full disk must not end the run: a line that it refuses is dropped."""
+        if self.log is None:
+            return False
+        try:
+            self.log.write(step, values)
+        except StorageError as error:
+            if not self._lost:
+                self.console.note(f"warning: {error}; training goes on, lines are dropped until one can be written")
+            self._lost += 1
+            return False
+        if self._lost:
+            self.console.note(f"{self.log.path} can be written again; {counted(self._lost, 'line')} of it lost")
+            self._lost = 0
+        return True
 
     def _next_pause(self, step: int) -> int:
         """The first update after `step` behind which the loop evaluates or ends: a profile holds neither."""
@@ -213,8 +230,8 @@ class Observer:
 
     def _score_table(self, step: int, result: Evaluation, baselines: Mapping[str, Mapping[str, float]]) -> None:
         flat = {f"baseline/{name}/{key}": value for name, table in baselines.items() for key, value in table.items()}
-        if self.log is not None and flat:
-            self.log.write(step, flat)
+        if flat:
+            self._write(step, flat)
         scores = {f"metric/{name}": value for name, value in result.scores.items()}
         title = f"{self.run.name}: {result.num_videos} validation videos after {step} steps, in %"
         self.console.score_table(scores | flat, title)
@@ -227,8 +244,7 @@ class Observer:
         values |= self.meter.report()
         values |= {f"time/{phase}_ms": 1e3 * seconds / self._steps for phase, seconds in self._phases.items()}
         self._phases, self._steps = {}, 0
-        if self.log is not None:
-            self.log.write(step, values | self._sizes)
+        if self._write(step, values | self._sizes):
             self._sizes = {}
         self.console.update(step, values)
         if self.exporter is not None:

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_pipeline.errors import ConfigError
+from data_pipeline.errors import ConfigError, say_error
 from data_pipeline.files import write_atomically
 from trainer import heartbeat
 from trainer.observe.profile_window import parse_request, parse_window
@@ -155,7 +155,7 @@ class Profiler:
         self._fail(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
 
     def _fail(self, why: str) -> None:
-        print(f"warning: rank {self.rank} has no profile: {why}; training goes on", file=sys.stderr, flush=True)
+        say_error(f"warning: rank {self.rank} has no profile: {why}; training goes on")
         with contextlib.suppress(OSError):
             self._tell(error=why)
 

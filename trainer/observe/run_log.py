@@ -8,15 +8,17 @@ is dropped when the file is opened again, and a resumed run takes back the lines
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, StorageError
 from data_pipeline.files import write_atomically
 
 _SPECIAL = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
@@ -34,13 +36,26 @@ class RunLog:
         self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
 
     def write(self, step: int, values: Mapping[str, Any] | None = None, **more: Any) -> None:
-        """Append one line. Numbers may be NumPy scalars or one-element tensors; NaN and infinities become strings."""
+        """Append one line. Numbers may be NumPy scalars or one-element tensors; NaN and infinities become strings.
+
+        Raises StorageError when the disk does not take it; nothing of the line is left in the file.
+        """
         line: dict[str, Any] = {"step": int(step), "time": round(time.time(), 3)}
         for key, value in {**(values or {}), **more}.items():
             if key in ("step", "time"):
                 raise ValueError(f"run log key={key!r}; the log itself writes step and time; choose another key")
             line[key] = _plain(value)
-        self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
+        try:
+            self._append(json.dumps(line, allow_nan=False).encode() + b"\n")
+        except OSError as error:
+            why = f"a line of {self.path} could not be written: {error.strerror or error}"
+            raise StorageError(f"{why}; free space or mend the folder") from error
+
+    def _append(self, line: bytes) -> None:
+        written = self._file.write(line)
+        if written < len(line):  # a disk that has room for less says so only then; no half line, to which the next would stick
+            self._file.truncate(self._file.tell() - written)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def close(self) -> None:
         self._file.close()

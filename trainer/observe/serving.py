@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import statistics
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import torch
 from prometheus_client import Gauge
 
 from data_pipeline import targets
+from data_pipeline.errors import say_error
 from data_pipeline.metrics_access import AccessError
 from data_pipeline.metrics_server import MetricsServer
 from data_pipeline.order import World
@@ -181,4 +181,4 @@ def cannot_serve(rank: int, address: str, error: OSError) -> str:
 
 
 def warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr, flush=True)
+    say_error(f"warning: {text}")
