@@ -20,7 +20,9 @@ RECORDED_PREFIXES = ("CUDA", "DS_", "GLOO_", "HYDRA_", "LC_", "MKL_", "NCCL_", "
                      "PYTORCH", "RAY_", "SLOTSTREAM_", "SLURM_", "SUBMITIT_", "TORCH", "TRITON_", "UCX_", "XFORMERS")  # fmt: skip
 RECORDED_NAMES = ("LANG", "LD_LIBRARY_PATH", "LD_PRELOAD", "PATH", "TERM", "VIRTUAL_ENV")
 NEVER_RECORDED = ("RAY_JOB_CONFIG_JSON_ENV_VAR",)  # of `ray job submit`: all env_vars of the job, as JSON
-SECRET = re.compile(r"(?<!QUERY_)KEY|TOKEN(?!IZER)|SECRET|PASSW|PASSPHRASE|CREDENTIAL|AUTH|COOKIE|PRIVATE|JWT|SIGNATURE", re.IGNORECASE)
+SECRET = re.compile(
+    r"(?<!QUERY_)KEY|TOKEN(?!IZER)|SECRET|PASSW|PASSPHRASE|CREDENTIAL|AUTH|COOKIE|PRIVATE|JWT|SIGNATURE", re.IGNORECASE
+)
 # KEY= wherever it stands in a word: an override, `export KEY=`, export=ALL,KEY=; in {KEY: ...} and "KEY: ..." a colon.
 SECRET_GIVEN = re.compile(rf"((?:{SECRET.pattern})[\w@\[\]'\"-]*\W*?(?:=|:(?=\s|.*\}}))).+", re.IGNORECASE | re.DOTALL)
 LOGIN_IN_URL = re.compile(r"(\w+://)[^/\s]+@")
@@ -42,12 +44,17 @@ class EventLog:
             stream.write(json.dumps(record) + "\n")
 
 
-def write_job(run_dir: Path, backend: str, job_id: str, words: Sequence[str]) -> None:
-    """job.json: how status and cancel find the job again. `job_id` is the backend's."""
+def job_file(run_dir: Path, job: str) -> Path:
+    """job.json is the training's; scoring beside it has a record of its own, as it has an owner file."""
+    return run_dir / ("job.json" if job == "train" else f"job_{job}.json")
+
+
+def write_job(run_dir: Path, job: str, backend: str, job_id: str, words: Sequence[str]) -> None:
+    """The job's file: how status and cancel find it again. `job_id` is the backend's."""
     record = {"backend": backend, "id": job_id, "host": socket.gethostname(), "pid": os.getpid(),
               "words": [clean_word(word) for word in words], "submitted": now()}  # fmt: skip
     run_dir.mkdir(parents=True, exist_ok=True)
-    write_json(run_dir / "job.json", record)
+    write_json(job_file(run_dir, job), record)
 
 
 def newest_checkpoint(run_dir: Path) -> int:

@@ -19,7 +19,7 @@ from cluster.layout import AGENT, NodeFacts, NodeTask, describe, node_tasks
 from cluster.network import hub_address
 from cluster.placement import Session
 from cluster.processes import Port, exit_of, kill_processes_with, signal_group, signal_process
-from cluster.run_folder import next_attempt, write_job
+from cluster.run_folder import job_file, next_attempt, write_job
 from cluster.supervision.supervisor import supervise
 
 HELD = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2}
@@ -108,7 +108,7 @@ def launch(config: LaunchConfig, words: Sequence[str]) -> int:
         return detach(config, words)
 
     def make(session: Session) -> LocalPlacement:
-        write_job(Path(config.run_dir), "local", str(os.getpid()), words)
+        write_job(Path(config.run_dir), config.job, "local", str(os.getpid()), words)
         return LocalPlacement(session)
 
     return supervise(config, "local", make, words)
@@ -135,7 +135,7 @@ def detach(config: LaunchConfig, words: Sequence[str], backend: str = "local") -
             )
         try:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-            if _await_owner(run_dir, process):
+            if _await_owner(job_file(run_dir, config.job), process):
                 print(f"started as process {process.pid}; output in {log}", file=sys.stderr)
                 return 0
         except BaseException:
@@ -149,10 +149,10 @@ def detach(config: LaunchConfig, words: Sequence[str], backend: str = "local") -
     return exit_of(process.returncode)[0]
 
 
-def _await_owner(run_dir: Path, process: subprocess.Popen[bytes]) -> bool:
-    """True when the launcher owns the run folder, False when it has ended before."""
+def _await_owner(record: Path, process: subprocess.Popen[bytes]) -> bool:
+    """True when the launcher owns the run folder and has written its record, False when it has ended before."""
     while process.poll() is None:
-        if _is_job(run_dir, process.pid):
+        if _is_job(record, process.pid):
             return True
         time.sleep(0.05)
     return False
@@ -168,9 +168,9 @@ def _end_launcher(process: subprocess.Popen[bytes], grace: float) -> None:
         process.wait()
 
 
-def _is_job(run_dir: Path, pid: int) -> bool:
+def _is_job(record: Path, pid: int) -> bool:
     try:
-        return f'"id": "{pid}"' in (run_dir / "job.json").read_text()
+        return f'"id": "{pid}"' in record.read_text()
     except OSError:
         return False
 

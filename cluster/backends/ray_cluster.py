@@ -104,7 +104,7 @@ def _drive(config: LaunchConfig, words: Sequence[str], address: str, cluster: St
             code = supervise(replace(config, nodes=place.nodes), "ray", make, words)
         finally:
             release(place)
-        if not (code == REQUEUE and placements[0].drained and ended_by_drain(Path(config.run_dir))):
+        if not (code == REQUEUE and placements[0].drained and ended_by_drain(Path(config.run_dir), config.job)):
             return code
         say("a Ray node is being drained: going on without it")
         least, check, mend = config.least_nodes, (lambda: None), (lambda: None)
@@ -116,7 +116,7 @@ def _maker(
     """What the supervisor calls once it owns the run folder; the placement is also left in `made`."""
 
     def make(session: Session) -> RayPlacement:
-        write_job(Path(config.run_dir), "ray", str(os.getpid()), words)
+        write_job(Path(config.run_dir), config.job, "ray", str(os.getpid()), words)
         made.append(RayPlacement(session, place.group, place.bundle, mend))
         return made[-1]
 
@@ -285,11 +285,12 @@ def too_small(config: LaunchConfig) -> str:
     return f"{wanted}; the Ray cluster has {len(nodes)} nodes ({there}{more}), which must be free"
 
 
-def ended_by_drain(run_dir: Path) -> bool:
-    """The last session ended because of the platform, not because a user wanted it to."""
+def ended_by_drain(run_dir: Path, job: str) -> bool:
+    """The job's last session ended because of the platform, not because a user wanted it to."""
     try:
-        last = json.loads((run_dir / "events.jsonl").read_text().splitlines()[-1])
-    except (OSError, ValueError, IndexError):
+        events = map(json.loads, reversed((run_dir / "events.jsonl").read_text().splitlines()))
+        last = next(event for event in events if event.get("job") == job)  # another job may have ended in the folder since
+    except (OSError, ValueError, StopIteration):
         return False
     return last.get("event") == "end" and last.get("reason") == "preempted"
 

@@ -27,7 +27,7 @@ from cluster.backends.slurm_watch import Watch, job_state
 from cluster.config import LaunchConfig
 from cluster.flags import LaunchError
 from cluster.layout import ROOT, agent_command
-from cluster.run_folder import write_job
+from cluster.run_folder import job_file, write_job
 
 Points = Sequence[tuple[LaunchConfig, Sequence[str]]]
 ASKED = ("nodes", "partition", "account", "qos", "constraint", "time", "mem", "cpus-per-task", "gpus-per-node", "exclusive",
@@ -51,7 +51,7 @@ def launch(config: LaunchConfig, words: Sequence[str]) -> int:
     if config.script is not None:
         return write_script(config, words, Path(config.script))
     run_dir = Path(config.run_dir)
-    refuse_second(run_dir)
+    refuse_second(run_dir, config.job)
     job = submit_array([(config, words)])[0]
     say(f"{config.run_dir}: submitted as job {job}")
     if config.detach:
@@ -99,10 +99,10 @@ def write_script(config: LaunchConfig, words: Sequence[str], path: Path) -> int:
     return 0
 
 
-def refuse_second(run_dir: Path) -> None:
-    """Raises: LaunchError when a job of this run folder still waits or runs."""
+def refuse_second(run_dir: Path, job_name: str) -> None:
+    """Raises: LaunchError when a submitted job of this kind in the run folder still waits or runs."""
     try:
-        job = json.loads((run_dir / "job.json").read_text())
+        job = json.loads(job_file(run_dir, job_name).read_text())
     except (OSError, ValueError):
         return
     if not isinstance(job, dict) or job.get("backend") != "slurm":
@@ -159,7 +159,7 @@ def submit_array(points: Points, parallel: int | None = None) -> list[str]:
     try:
         ids = slurm.patiently(lambda: "\n".join(_submit(points, wanted, mark, parallel)), say).split("\n")
         for job, (config, own) in zip(ids, points, strict=True):
-            write_job(Path(config.run_dir), "slurm", job, own)
+            write_job(Path(config.run_dir), config.job, "slurm", job, own)
     except (slurm.SlurmError, LaunchError) as error:  # _submit has withdrawn what there was, or says that it could not
         _remove_new(where, before)
         raise (error if isinstance(error, LaunchError) else refusal(first, str(error))) from None

@@ -23,7 +23,7 @@ from cluster.config import LaunchConfig
 from cluster.flags import LaunchError
 from cluster.placement import Session
 from cluster.processes import write_json
-from cluster.run_folder import newest_checkpoint, write_job
+from cluster.run_folder import job_file, newest_checkpoint, write_job
 from cluster.verdict import REQUEUE
 
 OWNER_PATIENCE = 120.0  # seconds in which a first start of this job, on a node whose slurmd died, must have ended
@@ -44,8 +44,8 @@ def in_job(config: LaunchConfig, words: Sequence[str]) -> int:
     except slurm.SlurmError as error:
         raise LaunchError(f"Slurm does not say which nodes job {job} has: {error}") from None
     name = array_name(os.environ) or job
-    if recorded_job(Path(config.run_dir)) != name:  # a plain script that was submitted by hand
-        write_job(Path(config.run_dir), "slurm", name, job_words(words))
+    if recorded_job(job_file(Path(config.run_dir), config.job)) != name:  # a plain script that was submitted by hand
+        write_job(Path(config.run_dir), config.job, "slurm", name, job_words(words))
     signal.pthread_sigmask(signal.SIG_BLOCK, HELD)  # the supervisor unblocks them: what comes until then waits
     if was_cancelled(job):
         say("the job was asked to stop before it began")
@@ -57,10 +57,10 @@ def in_job(config: LaunchConfig, words: Sequence[str]) -> int:
     return start_again(config, job, name)
 
 
-def recorded_job(run_dir: Path) -> str | None:
-    """The job of job.json."""
+def recorded_job(path: Path) -> str | None:
+    """The id in a job's file."""
     try:
-        record = json.loads((run_dir / "job.json").read_text())
+        record = json.loads(path.read_text())
     except (OSError, ValueError):
         return None
     return str(record.get("id")) if isinstance(record, dict) else None

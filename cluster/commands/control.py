@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cluster.commands.run_reader import newest_attempt, read_json, text
+from cluster.commands.run_reader import job_record, newest_attempt, read_json, text
 from cluster.commands.run_view import NOT_OVER, RunView, read_run
 from cluster.commands.runs import CommandParser, backend_state, find, is_sweep
-from cluster.commands.sweep_points import read_sweep
+from cluster.commands.sweep_points import CANCELLED, is_started, read_sweep
 from cluster.commands.tables import count, span
 from cluster.flags import LaunchError
-from cluster.run_folder import HIDDEN
+from cluster.run_folder import HIDDEN, clean_word
 
 CANCEL_HELP = """Stop a run, on whatever backend it is: its ranks save and end, then it is not started again by itself.
 
@@ -34,24 +34,58 @@ PATIENCE = 120.0  # seconds beyond the run's own grace time
 def cancel(words: Sequence[str]) -> int:
     """Stop a run and wait for its end. Raises LaunchError when it cannot be reached from here."""
     parser = CommandParser("cancel", "NAME [--now] [--wait S] [--runs DIR]", CANCEL_HELP)
-    parser.add_argument("name", metavar="NAME", help="a run, SWEEP/POINT, or a sweep: all its points")
+    parser.add_argument("name", metavar="NAME", help="a run, SWEEP/POINT, or a sweep: all its points, and no further one starts")
     parser.add_argument("--now", action="store_true", help="kill at once, without a save")
     parser.add_argument("--wait", type=float, metavar="S", help=f"wait so long for its end (default: grace + {PATIENCE:g})")
     flags = parser.read(words)
     folder = find(Path(flags.runs), flags.name)
-    folders = _points(folder) if is_sweep(folder) else [folder]
-    live = [item for item in folders if _look(item).state in NOT_OVER]
-    if not live:
-        say(f"no point of {flags.name} is running" if is_sweep(folder) else f"{flags.name} is not running: {_look(folder).state}")
+    if is_sweep(folder):
+        return _cancel_sweep(folder, flags.wait, flags.now)
+    if (state := _look(folder).state) not in NOT_OVER:
+        say(f"{flags.name} is not running: {state}")
         return 0
+    _stop(folder, flags.now)
+    return _await_end(folder, flags.wait, flags.now)
+
+
+def _cancel_sweep(folder: Path, wait: float | None, now: bool) -> int:
+    """Stop all points, whatever becomes of one of them; raises LaunchError with a line for each that cannot be reached."""
+    (folder / CANCELLED).touch()  # first: else the end of a point is the beginning of the next
+    started = is_started(folder)
+    live = [item for item in _points(folder) if _look(item).state in NOT_OVER]
+    if not live and not started:
+        say(f"no point of {folder.name} is running")
+        return 0
+    refused: dict[Path, str] = {}
     for item in live:
-        _stop(item, flags.now)
-    return max(_await_end(item, flags.wait, flags.now) for item in live)
+        try:
+            _stop(item, now)
+        except LaunchError as error:
+            refused[item] = str(error)
+    code = max((_await_end(item, wait, now) for item in live if item not in refused), default=0)
+    if started and not refused:
+        code = max(code, _await_starter(folder, wait))
+    if refused:
+        raise LaunchError("\n".join(refused.values()))
+    return code
+
+
+def _await_starter(folder: Path, wait: float | None) -> int:
+    """Wait for the process that starts the points: it ends those that were not to be seen yet, and frees the sweep."""
+    patience = PATIENCE if wait is None else wait
+    deadline = time.monotonic() + patience
+    while is_started(folder) and time.monotonic() < deadline:
+        time.sleep(LOOK)
+    if is_started(folder):
+        say(f"the process that starts {folder.name}'s points has not ended after {span(patience)}; see {folder / 'command.json'}")
+        return 1
+    say(f"{folder.name}: no further point starts; resume {folder.name} goes on with it")
+    return 0
 
 
 def _points(folder: Path) -> list[Path]:
     sweep = read_sweep(folder)
-    return [folder / point.name for point in sweep.points if (folder / point.name).is_dir()] if sweep else []
+    return [folder / point.name for point in sweep.points if os.path.isdir(folder / point.name)] if sweep else []
 
 
 def _look(folder: Path) -> RunView:
@@ -61,13 +95,14 @@ def _look(folder: Path) -> RunView:
 def _stop(folder: Path, now: bool) -> None:
     from cluster.backends import BACKENDS
 
-    job = read_json(folder / "job.json")
+    record = job_record(folder)
+    job = read_json(record)
     host = text(job, "host")
     if job.get("backend") == "local" and host is not None and host != socket.gethostname():
         raise LaunchError(f"{folder.name} runs on {host}, this is {socket.gethostname()}; give the same command there")
     backend: Any = BACKENDS.get(text(job, "backend") or "")
     if backend is None:
-        raise LaunchError(f"{folder / 'job.json'} does not say who runs {folder.name}; stop its launcher where it was started")
+        raise LaunchError(f"{record} does not say who runs {folder.name}; stop its launcher where it was started")
     say(f"{folder.name}: killing it" if now else f"{folder.name}: asked to save and stop")
     backend.cancel(job, now)
 
@@ -89,7 +124,7 @@ def _await_end(folder: Path, wait: float | None, now: bool) -> int:
 
 
 def _grace(folder: Path) -> float:
-    words = _recorded_words(read_json(folder / "job.json"))
+    words = _recorded_words(read_json(job_record(folder)))
     for place, word in enumerate(words):
         value = word.partition("=")[2] or (words[place + 1] if place + 1 < len(words) else "")
         if word.partition("=")[0] == "--grace":
@@ -126,7 +161,8 @@ def resume(words: Sequence[str]) -> int:
         raise LaunchError(f"{names[0]} is {view.state}; a run has one launcher at a time; {first}")
     if view.state == "done":
         raise LaunchError(f"{names[0]} is done at step {count(view.step)}; there is nothing to go on with; start a new run")
-    return _launch([*_words_of(folder, folder / "job.json"), *overrides], folder / "job.json")
+    record = job_record(folder)
+    return _launch([*_words_of(folder, record), *overrides], record)
 
 
 def _words_of(folder: Path, record: Path) -> list[str]:
@@ -162,11 +198,11 @@ def _launch(words: Sequence[str], record: Path) -> int:
     began = text(read_json(record), "working_folder") or text(
         read_json(folder / "attempts" / str(newest_attempt(folder)) / "launch.json"), "working_folder"
     )
-    if began and Path(began).is_dir():
+    if began and os.path.isdir(began):
         os.chdir(began)
     elif began:
         say(f"{began}, where it was started, is not here; relative paths are taken from {os.getcwd()}")
-    say(f"python cluster/launch.py {shlex.join(words)}")
+    say(f"python cluster/launch.py {shlex.join(map(clean_word, words))}")
     return launch.main(words)
 
 

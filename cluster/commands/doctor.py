@@ -96,7 +96,7 @@ def _from_output(text: str) -> dict[str, Any]:
 
 def _failed(config: LaunchConfig, done: subprocess.CompletedProcess[str]) -> Check:
     said = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
-    advice = f"mend that, and look at {config.run_dir}" if Path(config.run_dir).is_dir() else "mend that"
+    advice = f"mend that, and look at {config.run_dir}" if os.path.isdir(config.run_dir) else "mend that"
     return Check("launch", PROBLEM, f"exit code {done.returncode}: {' / '.join(said[-3:])}"[:500], advice)
 
 

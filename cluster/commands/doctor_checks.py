@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import resource
@@ -101,7 +102,7 @@ def shared_memory_check() -> Check:
 
 def folder_check(runs: Path) -> list[Check]:
     """Create, write, rename and lock in the folder of runs; its speed with fsync; its room."""
-    made = [folder for folder in (runs, *runs.parents) if not folder.exists()]
+    made = [folder for folder in (runs, *runs.parents) if not os.path.exists(folder)]
     probe = runs / f".doctor.{socket.gethostname()}.{os.getpid()}"
     try:
         probe.mkdir(parents=True)
@@ -111,7 +112,7 @@ def folder_check(runs: Path) -> list[Check]:
     finally:
         shutil.rmtree(probe, ignore_errors=True)
         for folder in made:  # leave nothing behind
-            if folder.is_dir() and not any(folder.iterdir()):
+            with contextlib.suppress(OSError):  # it is not empty, was never made, or lies where we may not look
                 folder.rmdir()
     kind = file_system_of(runs)
     known = Check("run folder", OK, f"{runs} on {kind or 'an unknown file system'}: written, renamed and locked")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from cluster.commands.run_reader import newest_attempt, read_json, whole
 from cluster.commands.run_view import LIVE, read_run
-from cluster.commands.runs import CommandParser, backend_state, find, is_sweep
+from cluster.commands.runs import CommandParser, backend_state, find, is_sweep, names_in
 from cluster.flags import LaunchError
 from cluster.verdict import last_lines
 
@@ -56,7 +57,7 @@ def main(words: Sequence[str]) -> int:
 
 
 def _first_point(folder: Path) -> str:
-    return next((entry.name for entry in sorted(folder.iterdir()) if entry.is_dir()), "POINT")
+    return next((name for name in names_in(folder) if os.path.isdir(folder / name)), "POINT")
 
 
 def _attempt(folder: Path, asked: int | None, wait: bool) -> int:
@@ -66,7 +67,7 @@ def _attempt(folder: Path, asked: int | None, wait: bool) -> int:
         newest = newest_attempt(folder)
     if newest is None:
         raise LaunchError(f"{folder.name} has no attempt yet; see python cluster/launch.py status {folder.name}")
-    if asked is not None and not (folder / "attempts" / str(asked)).is_dir():
+    if asked is not None and not os.path.isdir(folder / "attempts" / str(asked)):
         raise LaunchError(f"--attempt {asked}; {folder.name} has attempts up to {newest}; give one of them")
     return asked or newest
 

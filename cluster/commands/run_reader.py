@@ -1,17 +1,23 @@
-"""What a run folder says, read without trust: every file may be absent, cut short or damaged, and may change under the reader.
+"""What a run folder says, read without trust: every file may be absent, cut short or damaged, another user's, and may change
+under the reader.
 
-A folder in; plain values out, None (or nothing) for whatever cannot be read. Standard library only.
+A folder in; plain values out, None (or nothing) for whatever cannot be read. Nothing but the standard library is needed.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from cluster.config import JOBS
+from cluster.owner import owner_file
+from cluster.run_folder import job_file
 
 TAIL = 256 * 1024  # bytes of a log's end that are read
 RECENT = 20  # logged steps that speed and remaining time are taken from
@@ -132,12 +138,47 @@ def scores(run_dir: Path) -> dict[str, float]:
     return found
 
 
+def main_job(run_dir: Path) -> str:
+    """The job that a run's name stands for: train where anything tells of one, else the job that is alone in the folder.
+
+    job.json comes last: before other jobs had records of their own, all wrote that one.
+    """
+    if any(os.path.exists(run_dir / name) for name in ("config.yaml", "owner.json")):
+        return "train"
+    jobs = [job for number in _attempts(run_dir) if (job := _job_of(run_dir, number))]
+    others = [job for job in JOBS if job != "train"]
+    jobs = jobs or [job for job in others if any(os.path.exists(path(run_dir, job)) for path in (owner_file, job_file))]
+    return "train" if "train" in jobs or not jobs else jobs[0]
+
+
+def job_record(run_dir: Path) -> Path:
+    """The file that says how the folder's main job was started."""
+    own = job_file(run_dir, main_job(run_dir))
+    return own if os.path.exists(own) else job_file(run_dir, "train")
+
+
 def newest_attempt(run_dir: Path) -> int | None:
+    """Of the folder's main job: an evaluation beside a training has attempts there as well."""
+    job = main_job(run_dir)
+    return next((number for number in _attempts(run_dir) if _job_of(run_dir, number) == job), None)
+
+
+def _attempts(run_dir: Path) -> list[int]:
+    """Of all jobs, newest first."""
     try:
-        taken = [int(entry.name) for entry in (run_dir / "attempts").iterdir() if entry.name.isdigit()]
+        return sorted((int(name) for name in os.listdir(run_dir / "attempts") if name.isdigit()), reverse=True)
+    except OSError:
+        return []
+
+
+def _job_of(run_dir: Path, attempt: int) -> str | None:
+    """The job of an attempt, train where nothing says it; None as long as its record is not there: a launcher just makes it."""
+    folder = run_dir / "attempts" / str(attempt)
+    try:
+        begun = any(not name.startswith(".") for name in os.listdir(folder))
     except OSError:
         return None
-    return max(taken, default=None)
+    return (text(read_json(folder / "launch.json"), "job") or "train") if begun else None
 
 
 @dataclass(frozen=True)
@@ -163,7 +204,7 @@ def newest_checkpoint(run_dir: Path) -> tuple[SavedStep | None, str | None]:
                 return SavedStep(int(folder.name[5:]), (folder / "manifest.json").stat().st_mtime), damage
             except OSError:  # taken away meanwhile: there is a newer one
                 continue
-        if folder.is_dir():  # else it was an old one, just being removed
+        if os.path.isdir(folder):  # else it was an old one, just being removed
             damage = damage or f"checkpoint {folder.name} is damaged: {wrong}"
     return None, damage
 

@@ -16,6 +16,8 @@ from cluster.commands.run_reader import (
     Progress,
     SavedStep,
     config_values,
+    job_record,
+    main_job,
     newest_attempt,
     newest_checkpoint,
     number,
@@ -26,7 +28,9 @@ from cluster.commands.run_reader import (
     whole,
 )
 from cluster.commands.tables import span
-from cluster.owner import DEAD_AFTER, boot_id
+from cluster.config import JOBS
+from cluster.owner import DEAD_AFTER, boot_id, owner_file
+from cluster.run_folder import job_file
 from cluster.verdict import CODES_OF_REASONS, REQUEUE, how_it_ended
 
 HERE_SILENT = 6.0  # seconds without a beat after which the process table is asked, where the owner is on this machine
@@ -48,7 +52,8 @@ TROUBLE = (
 RECENT_TROUBLE = 900.0  # seconds for which it is shown while the run goes on
 STOPPING = ("preempted", "stopping", "regroup")  # events after which a live run saves and ends
 SWEEP_FILE = "sweep.json"
-MARKS = ("config.yaml", "job.json", "owner.json", "events.jsonl", "metrics.jsonl", "attempts")  # what makes a folder a run
+RECORDS = tuple(path(Path(), job).name for job in JOBS for path in (job_file, owner_file))
+MARKS = ("config.yaml", "events.jsonl", "metrics.jsonl", "attempts", *RECORDS)  # what makes a folder a run
 
 Ask = Callable[[Mapping[str, Any]], str]  # job.json -> queued | running | ended | unknown
 
@@ -98,30 +103,31 @@ class _Facts:
 def name_of(run_dir: Path) -> tuple[str, Path]:
     """(the name that the commands know a run by, the folder of runs): that of a sweep's point is SWEEP/POINT."""
     folder = run_dir.absolute()
-    if (folder.parent / SWEEP_FILE).is_file():
+    if os.path.isfile(folder.parent / SWEEP_FILE):
         return f"{folder.parent.name}/{folder.name}", folder.parent.parent
     return folder.name, folder.parent
 
 
 def is_run(folder: Path) -> bool:
-    return folder.is_dir() and any((folder / name).exists() for name in MARKS)
+    """False also of a folder that is not ours to read: in shared ones there are such. Path.exists would raise."""
+    return any(os.path.exists(folder / name) for name in MARKS)
 
 
 def read_run(run_dir: Path, now: float, ask: Ask | None = None) -> RunView:
     """The state of a run at `now` (seconds since the epoch). `ask` is called only where the folder cannot say it."""
-    attempt = newest_attempt(run_dir)
+    job, attempt = main_job(run_dir), newest_attempt(run_dir)
     folder = run_dir / "attempts" / str(attempt)
     facts = _Facts(
         run_dir=run_dir,
         now=now,
-        job=read_json(run_dir / "job.json"),
-        owner=read_holder(run_dir),
-        events=[event for event in tail_objects(run_dir / "events.jsonl") if text(event, "event")],
+        job=read_json(job_record(run_dir)),
+        owner=read_holder(run_dir, job),
+        events=_events(run_dir, job),
         verdict=read_json(folder / "verdict.json") if attempt else {},
         attempt=attempt,
         launch=read_json(folder / "launch.json") if attempt else {},
         progress=progress(run_dir),
-        done=(run_dir / "DONE").exists(),
+        done=os.path.exists(run_dir / "DONE"),
     )
     state = _state(facts, ask)
     at, launch = facts.progress, facts.launch
@@ -153,6 +159,12 @@ def read_run(run_dir: Path, now: float, ask: Ask | None = None) -> RunView:
     )
 
 
+def _events(run_dir: Path, job: str) -> list[dict[str, Any]]:
+    """What happened to `job`, oldest first. In older folders events do not say whose they are: they are the main job's."""
+    found = tail_objects(run_dir / "events.jsonl")
+    return [event for event in found if text(event, "event") and (text(event, "job") or job) == job]
+
+
 def _int(value: str | None) -> int | None:
     try:
         return int((value or "").replace("_", ""))
@@ -173,16 +185,14 @@ def _restarts(facts: _Facts) -> int:
     return sum(event["event"] in ("restart", "requeue") for event in facts.events)
 
 
-def read_holder(run_dir: Path) -> dict[str, Any]:
-    """The record of the launcher that holds the folder, with "beat": when it last gave a sign of life. {} where there is none."""
-    for name in ("owner.json", "owner_build-shards.json", "owner_evaluate.json"):
-        record = read_json(run_dir / name)
-        if record and not (name == "owner_evaluate.json" and (run_dir / "DONE").exists()):
-            try:
-                return {**record, "beat": (run_dir / name).stat().st_mtime}
-            except OSError:  # given up just now
-                continue
-    return {}
+def read_holder(run_dir: Path, job: str) -> dict[str, Any]:
+    """The record of the launcher that runs `job` there, with "beat": its last sign of life. {} where there is none."""
+    path = owner_file(run_dir, job)
+    record = read_json(path)
+    try:
+        return {**record, "beat": path.stat().st_mtime} if record else {}
+    except OSError:  # given up just now
+        return {}
 
 
 def owner_lives(owner: Mapping[str, Any], now: float) -> bool | None:

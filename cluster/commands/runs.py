@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ class CommandParser(Parser):
 
 
 def is_sweep(folder: Path) -> bool:
-    return (folder / SWEEP_FILE).is_file()
+    return os.path.isfile(folder / SWEEP_FILE)  # False where we may not look; Path.is_file would raise
 
 
 def all_folders(runs: Path) -> list[Path]:
@@ -45,6 +46,14 @@ def all_folders(runs: Path) -> list[Path]:
     except OSError as error:
         raise LaunchError(f"--runs {runs}; {error.strerror}; give a folder that can be read") from None
     return [entry for entry in entries[:MAX_LISTED] if is_sweep(entry) or is_run(entry)]
+
+
+def names_in(folder: Path) -> list[str]:
+    """What is in a folder, by name; nothing where we may not look."""
+    try:
+        return sorted(os.listdir(folder))
+    except OSError:
+        return []
 
 
 def find(runs: Path, name: str) -> Path:
@@ -60,7 +69,7 @@ def find(runs: Path, name: str) -> Path:
     names = list(known)
     for folder in known.values():
         if is_sweep(folder):
-            names += [f"{folder.name}/{entry.name}" for entry in sorted(folder.iterdir()) if is_run(entry)]
+            names += [f"{folder.name}/{name}" for name in names_in(folder) if is_run(folder / name)]
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.4) or [item for item in names if name in item][:1]
     hint = f"did you mean {near[0]}?" if near else f"{runs} has {', '.join(names[:8])}" if names else f"{runs} has no runs yet"
     raise LaunchError(f"{name}: no such run in {runs}; {hint}")

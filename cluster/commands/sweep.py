@@ -23,7 +23,7 @@ from typing import Any
 from cluster.commands.run_view import NOT_OVER
 from cluster.commands.runs import backend_state
 from cluster.commands.sweep_array import run_array
-from cluster.commands.sweep_points import Point, Sweep, expand, fix_sweep
+from cluster.commands.sweep_points import CANCELLED, LOCK, Point, Sweep, expand, fix_sweep
 from cluster.commands.sweep_table import PointView, end_line, read_points, sweep_lines, view_point, write_csv
 from cluster.commands.tables import count, screen_width, shorten, span
 from cluster.config import LaunchConfig, override_value, parse
@@ -42,7 +42,7 @@ One run for each combination of the values: RUNS/NAME/<number>_<values>, each wi
 optim.lr=1e-3,1e-4, seed=range(3) and model=choice(a,b) are lists of values; a value with a comma in it needs quotes.
 The same command again goes on where it stopped. Ctrl-C asks the running points to save; again: kills them.
 `status NAME` shows the table at any time; at the end it is printed, and RUNS/NAME/sweep.csv is written.
-Exit code: 0 all points are done, 1 some failed, 75 some were stopped, 130 Ctrl-C."""
+`cancel NAME` stops it from anywhere. Exit code: 0 all points are done, 1 some failed, 75 some were stopped, 130 Ctrl-C."""
 LAUNCHER = Path(__file__).resolve().parent.parent / "launch.py"
 TICK = 0.2
 REDRAW = 1.0
@@ -157,7 +157,7 @@ def _without(words: Sequence[str], taken: Sequence[str]) -> list[str]:
 def _sole_use(folder: Path) -> Iterator[None]:
     """Two sweeps in one folder would start the same points."""
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "sweep.lock", "a+") as stream:
+    with open(folder / LOCK, "a+") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -171,6 +171,7 @@ def _sole_use(folder: Path) -> Iterator[None]:
         stream.truncate(0)
         stream.write(f"process {os.getpid()}")
         stream.flush()
+        (folder / CANCELLED).unlink(missing_ok=True)  # of an earlier start
         yield
 
 
@@ -219,14 +220,15 @@ class Queue:
         self._ended = 0
         self._failed = 0
         self._stop: int | None = None  # the signal that ended it
+        self._cancelled = False
         self._drawn = 0.0
         self._line = ""
 
     def run(self) -> int:
-        """0, or 130 and 143 when it was stopped; how the points ended is in their folders."""
+        """0, or 130 and 143 when a signal stopped it; how the points ended, and which did not start, is in their folders."""
         signals = SignalPipe((signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD))
         while self._running or (self._waiting and self._stop is None):
-            while self._waiting and self._stop is None and len(self._running) < (self.plan.parallel or 1):
+            while self._may_start():
                 self._start(self._waiting.popleft())
             for number in signals.wait(TICK)[0]:
                 if number != signal.SIGCHLD:
@@ -236,6 +238,20 @@ class Queue:
             self._draw()
         self._clear()
         return 0 if self._stop is None else 128 + self._stop
+
+    def _may_start(self) -> bool:
+        if not self._cancelled and os.path.exists(self.plan.folder / CANCELLED):
+            self._on_cancel()
+        return bool(self._waiting) and self._stop is None and len(self._running) < (self.plan.parallel or 1)
+
+    def _on_cancel(self) -> None:
+        """`cancel` stops the points that it sees running. One whose launcher just begins it cannot see: we ask them all."""
+        self._cancelled = True
+        self._clear()
+        say(f"{self.plan.folder.name} is cancelled: {len(self._running)} running points save, {len(self._waiting)} do not start")
+        self._waiting.clear()
+        for process in self._running.values():
+            signal_process(process.pid, signal.SIGTERM)
 
     def _start(self, point: Point) -> None:
         folder = self.plan.folder / point.name
@@ -258,7 +274,7 @@ class Queue:
 
     def _note_end(self, point: Point, process: subprocess.Popen[bytes]) -> None:
         self._ended += 1
-        failed = process.returncode not in (0, 75)
+        failed = process.returncode not in (0, 75) and not self._cancelled
         self._failed += failed and self._stop is None
         self._clear()
         view = view_point(self.plan.folder, point)

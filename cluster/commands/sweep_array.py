@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cluster.commands.run_reader import read_json
+from cluster.commands.run_reader import job_record, read_json
 from cluster.commands.run_view import NOT_OVER
 from cluster.commands.runs import backend_state
 from cluster.commands.sweep_points import Point
@@ -70,7 +70,7 @@ class Watch:
         from cluster.backends import BACKENDS
 
         for point in self._left:
-            job = read_json(self.folder / point.name / "job.json")
+            job = read_json(job_record(self.folder / point.name))
             try:
                 BACKENDS["slurm"].cancel(job, now)
             except (LaunchError, OSError) as error:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import math
 import re
@@ -23,6 +24,8 @@ from cluster.run_folder import clean_word
 FORMAT = "slotstream-sweep/1"
 MAX_POINTS = 10_000
 NAME_LENGTH = 80
+LOCK = "sweep.lock"  # held by the process that starts the points
+CANCELLED = "cancelled"  # a file: that process starts no more points
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,18 @@ def read_sweep(folder: Path) -> Sweep | None:
         return Sweep(tuple(map(str, content["fixed"])), points)
     except (KeyError, TypeError, ValueError):
         return None
+
+
+def is_started(folder: Path) -> bool:
+    """True while a process starts the sweep's points; False also where the file system has no locks."""
+    try:
+        with open(folder / LOCK) as stream:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def fix_sweep(folder: Path, sweep: Sweep) -> Sweep:

@@ -53,6 +53,28 @@ if rank == "0":
     (run / "DONE").touch()
 """
 
+# Stands in for the evaluation: scores until a file `scored` is there.
+SCORES = """
+import time
+from pathlib import Path
+while not Path("scored").exists():
+    time.sleep(0.02)
+"""
+EVALUATE = ("--backend", "local", "--command", "scores.py", "evaluate", "run=runs/a")
+# Stands in for the build of shards, which writes no config.yaml.
+BUILDS = """
+import signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+print("building", flush=True)
+time.sleep(float(sys.argv[1].partition("=")[2]))
+"""
+# Python runs it before the launcher's first line: a point's launcher that takes long to begin, as on a slow disk.
+LATE = """
+import sys, time
+if any(word.startswith("name=0") for word in sys.orig_argv):
+    time.sleep(1000)
+"""
+
 
 class Commands:
     """Runs launcher commands in a folder of its own."""
@@ -61,7 +83,8 @@ class Commands:
         self.folder = folder
         self.runs = folder / "runs"
         self.started: list[subprocess.Popen[str]] = []
-        (folder / "steps.py").write_text(STEPS)
+        for name, text in (("steps.py", STEPS), ("scores.py", SCORES), ("builds.py", BUILDS)):
+            (folder / name).write_text(text)
         kept = {key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS", "SLURM_CONF")}
         self.environment = {**kept, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
@@ -104,7 +127,8 @@ class Commands:
 def commands(tmp_path: Path) -> Iterator[Commands]:
     made = Commands(tmp_path)
     yield made
-    for job in made.runs.rglob("job.json"):  # a Slurm cluster has ended its jobs with itself
+    (made.folder / "scored").touch()
+    for job in made.runs.rglob("job*.json"):  # a Slurm cluster has ended its jobs with itself
         if json.loads(job.read_text())["backend"] == "local":
             made("cancel", str(job.parent), "--now")
     for process in made.started:
@@ -157,6 +181,80 @@ def test_a_failed_run_says_why_and_a_killed_launcher_is_noticed(commands: Comman
     commands.until(lambda: not commands.left(), "its ranks ended")
 
 
+def test_the_commands_act_on_the_training_beside_an_evaluation(commands: Commands) -> None:
+    """The evaluation begins while the training lives, outlives its end, and another one is made before it goes on."""
+    run = commands.runs / "a"
+    code, _, err = commands.launch("--detach", "name=a", "steps=100000")
+    assert code == 0, err
+    commands.until(lambda: (commands.status("a")[0]["step"] or 0) > 3, "steps")
+    scoring = commands.start(*EVALUATE)
+    commands.until(lambda: (run / "attempts" / "2" / "rank_0.log").exists(), "an evaluation beside it")
+    [view] = commands.status("a")
+    assert (view["state"], view["attempt"], view["event"]) == ("running", 1, "attempt")
+    assert json.loads((run / "job_evaluate.json").read_text())["pid"] == scoring.pid != int(view["job"])
+    code, out, _ = commands("logs", "a", "--lines", "1")
+    assert code == 0 and out.startswith("rank 0 step")
+    code, _, err = commands("cancel", "a")
+    assert code == 0 and "a: stopped (requeue)" in err, err
+    assert scoring.poll() is None and commands.state("a") == "stopped (requeue)"
+    (commands.folder / "scored").touch()
+    _, err = scoring.communicate(timeout=PATIENCE)
+    assert scoring.returncode == 0, err
+    assert commands(*EVALUATE)[0] == 0
+    [view] = commands.status("a")
+    assert (view["state"], view["attempt"], view["event"]) == ("stopped (requeue)", 1, "end")
+    code, _, err = commands("cancel", "a")
+    assert code == 0 and "is not running: stopped (requeue)" in err
+    code, _, err = commands("resume", "a", "steps=3")
+    assert code == 0 and "steps.py" in err and "evaluate" not in err, err
+    [view] = commands.status("a")
+    assert (view["state"], view["attempt"]) == ("done", 4)
+
+
+def test_a_failed_evaluation_is_no_failure_of_the_training(commands: Commands) -> None:
+    assert commands.launch("name=a", "steps=3")[0] == 0
+    (commands.folder / "scores.py").write_text("raise SystemExit(3)")
+    assert commands(*EVALUATE, "--max-restarts", "0")[0] == 3
+    [view] = commands.status("a")
+    assert (view["state"], view["attempt"], view["problem"]) == ("done", 1, None)
+
+
+def test_a_detached_evaluation_returns_once_it_is_recorded(commands: Commands) -> None:
+    assert commands.launch("name=a", "steps=3")[0] == 0
+    code, _, err = commands("--detach", *EVALUATE)
+    assert code == 0 and "started as process" in err
+    pid = json.loads((commands.runs / "a" / "job_evaluate.json").read_text())["pid"]
+    (commands.folder / "scored").touch()
+    commands.until(lambda: ended_elsewhere(pid), "its end")
+
+
+def ended_elsewhere(pid: int) -> bool:
+    """Of a process that is no child of ours: where nobody reaps it, it stays as a zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in ("Z", "X")
+    except OSError:
+        return True
+
+
+def test_a_folder_whose_only_job_builds_shards_is_commanded_by_it(commands: Commands) -> None:
+    words = ("--backend", "local", "--command", "builds.py", "build-shards")
+    code, _, err = commands("--detach", *words, "seconds=1000", "name=b")
+    assert code == 0, err
+    commands.until(lambda: "building" in commands("logs", "b")[1], "a log")
+    [view] = commands.status()
+    assert (view["name"], view["state"], view["attempt"]) == ("b", "running", 1)
+    code, _, err = commands("resume", "b")
+    assert code == 2 and "b is running" in err
+    code, _, err = commands("cancel", "b")
+    assert code == 0 and "b: stopped (requeue)" in err and not (commands.runs / "b" / "job.json").exists(), err
+    record = commands.runs / "b" / "job_build-shards.json"
+    record.write_text(record.read_text().replace("seconds=1000", "seconds=0"))
+    code, _, err = commands("resume", "b")
+    assert code == 0, err
+    [view] = commands.status("b")
+    assert (view["state"], view["attempt"]) == ("done", 2)
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -199,6 +297,36 @@ def test_a_sweep_goes_on_where_it_was_interrupted(commands: Commands) -> None:
     assert [point["state"] for point in view["sweep"]][2] == "waiting"
     code, _, err = commands("cancel", "s")
     assert code == 0 and "no point of s is running" in err
+
+
+SWEEP = ("--multirun", "--backend", "local", "--command", "steps.py", "name=s", "lr=0.1,0.3,0.2", "steps=100000")
+
+
+def test_a_cancelled_sweep_starts_no_further_point(commands: Commands) -> None:
+    first, others = commands.runs / "s" / "00_lr0.1", ("01_lr0.3", "02_lr0.2")
+    for attempt, words in ((1, SWEEP), (2, ("resume", "s"))):  # what was cancelled goes on
+        sweep = commands.start(*words)
+        commands.until(lambda n=attempt: (first / "attempts" / str(n) / "rank_0.log").exists(), "the first point's steps")
+        commands.until(lambda: commands.state("s/00_lr0.1") == "running", "its own word")
+        code, _, err = commands("cancel", "s")
+        assert code == 0 and "00_lr0.1: stopped (requeue)" in err and "no further point starts" in err, err
+        assert sweep.poll() is not None  # cancel has waited for it
+        out, err = sweep.communicate(timeout=PATIENCE)
+        assert sweep.returncode == 75 and "2 do not start" in err, err
+        assert "sweep of 3 points: 1 stopped (requeue), 2 waiting" in out and not commands.left()
+        assert not any((commands.runs / "s" / name).exists() for name in others)
+
+
+def test_a_point_whose_launcher_just_begins_is_cancelled_with_its_sweep(commands: Commands) -> None:
+    (commands.folder / "sitecustomize.py").write_text(LATE)
+    commands.environment["PYTHONPATH"] = str(commands.folder)
+    sweep = commands.start(*SWEEP)
+    commands.until(lambda: (commands.runs / "s" / "00_lr0.1" / "launch.log").exists(), "the first point")
+    code, _, err = commands("cancel", "s")
+    assert code == 0 and "no further point starts" in err, err
+    out, err = sweep.communicate(timeout=PATIENCE)
+    assert sweep.returncode == 75 and "sweep of 3 points: 3 waiting" in out, err
+    assert not list((commands.runs / "s").glob("*/attempts"))
 
 
 def test_a_sweep_runs_all_points_and_repeats_only_failed_ones(commands: Commands) -> None:

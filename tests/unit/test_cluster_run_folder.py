@@ -43,9 +43,16 @@ def test_events_are_lines_and_a_full_disk_ends_nothing(tmp_path: Path) -> None:
 
 
 def test_the_job_is_recorded_without_secrets(tmp_path: Path) -> None:
-    write_job(tmp_path / "run", "slurm", "4711", ["--nodes", "2", "data.api_key=s3cret"])
+    write_job(tmp_path / "run", "train", "slurm", "4711", ["--nodes", "2", "data.api_key=s3cret"])
     job = json.loads((tmp_path / "run" / "job.json").read_text())
     assert (job["backend"], job["id"], job["words"]) == ("slurm", "4711", ["--nodes", "2", "data.api_key=<hidden>"])
+
+
+def test_a_job_beside_the_training_has_a_record_of_its_own(tmp_path: Path) -> None:
+    for job in ("train", "evaluate"):
+        write_job(tmp_path, job, "local", job, [])
+    found = {path.name: json.loads(path.read_text())["id"] for path in tmp_path.iterdir()}
+    assert found == {"job.json": "train", "job_evaluate.json": "evaluate"}
 
 
 def test_progress_is_the_newest_complete_checkpoint(tmp_path: Path) -> None:
@@ -130,7 +137,7 @@ def test_no_part_of_a_secret_is_recorded(
     words = [word, "--setup", "true"] if before else ["--setup", word, "optim.lr=1"]
     environment = {"SLURM_EXPORT_ENV": word, "RAY_X": json.dumps({"env_vars": {"A": word}}), f"SLURM_{name}": word}
     with mock.patch.object(run_folder, "git_state", return_value=None):
-        write_job(folder, "slurm", "1", words)
+        write_job(folder, "train", "slurm", "1", words)
         write_launch_record(folder, words, environment, {})
     job, launch = ((folder / file).read_text() for file in ("job.json", "launch.json"))
     assert PIECE not in job and PIECE not in launch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import socket
@@ -10,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from cluster import launch
+from cluster.backends import BACKENDS
 from cluster.commands import control
+from cluster.commands.sweep_points import CANCELLED, expand, fix_sweep
 from cluster.flags import LaunchError
 
 
@@ -59,8 +62,39 @@ def test_a_local_run_of_another_host_is_cancelled_there(tmp_path: Path):
         control.cancel(["a", "--runs", str(tmp_path)])
 
 
+def test_points_that_cannot_be_reached_leave_none_of_the_others_running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder, stopped = tmp_path / "s", []
+    points = fix_sweep(folder, expand(["x=1,2,3"])).points
+    for point, host in zip(points, ("elsewhere", socket.gethostname(), "far"), strict=True):
+        run = make_run(folder / point.name, [], host=host, id=point.name)
+        (run / "owner.json").write_text(json.dumps({"pid": 1, "host": "any", "boot": "x"}))
+
+    def stop(job: dict[str, str], now: bool) -> None:
+        assert (folder / CANCELLED).exists()  # before anything is signalled
+        stopped.append(job["id"])
+        (folder / job["id"] / "owner.json").unlink()
+
+    monkeypatch.setitem(BACKENDS, "local", dataclasses.replace(BACKENDS["local"], cancel=stop))
+    with pytest.raises(LaunchError) as refusal:
+        control.cancel(["s", "--runs", str(tmp_path)])
+    assert stopped == [points[1].name]
+    first, last = str(refusal.value).splitlines()
+    assert first.startswith(f"{points[0].name} runs on elsewhere") and last.startswith(f"{points[2].name} runs on far")
+
+
 def test_one_run_at_a_time(tmp_path: Path):
     make_run(tmp_path / "a", [])
     for words in (["a", "b"], ["x=1"], ["a", "runs=elsewhere"]):
         with pytest.raises(LaunchError):
             control.resume([*words, "--runs", str(tmp_path)])
+
+
+def test_the_words_are_shown_without_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    make_run(tmp_path / "a", ["name=a"], backend="local")
+    seen: list[str] = []
+    monkeypatch.setattr(launch, "main", lambda words: seen.extend(words) or 0)
+    given = "data.root=https://me:s3cret@host/x?sig=s3cret"
+    assert control.resume(["a", given, "--runs", str(tmp_path)]) == 0
+    assert given in seen
+    said = capsys.readouterr().err
+    assert "s3cret" not in said and "python cluster/launch.py --backend local" in said and "@host/x" in said

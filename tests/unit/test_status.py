@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from cluster.commands.run_reader import config_values, newest_checkpoint, progress
+from cluster.commands.run_reader import config_values, job_record, main_job, newest_attempt, newest_checkpoint, progress
 from cluster.commands.run_view import read_run
 from cluster.commands.runs import find, remembering
 from cluster.commands.status import render
@@ -138,6 +138,53 @@ def test_the_newest_whole_checkpoint_counts(folder: Folder):
     (folder.path / "checkpoints" / "step_00000020" / "manifest.json").write_text("{")
     saved, damage = newest_checkpoint(folder.path)
     assert saved.step == 10 and damage == "checkpoint step_00000030 is damaged: model.bin has 3 bytes, its manifest says 5"
+
+
+def test_an_evaluation_beside_a_training_changes_nothing_of_what_is_said(folder: Folder):
+    """Its session ends with 0, its attempt is the newest, it holds a file of its own. Events without a job are older."""
+    folder.started().owned(1).add_event(event="stopping")
+    before = read_run(folder.path, NOW)
+    assert before.state == "saving"
+    folder.write("job_evaluate.json", {"backend": "slurm", "id": "18"}).write("owner_evaluate.json", {"pid": 1, "host": "h"})
+    folder.write("attempts/3/launch.json", {"job": "evaluate", "nodes": 9})
+    for event in ("session", "attempt", "restart", "end"):
+        folder.add_event(event=event, job="evaluate", code=0)
+    assert read_run(folder.path, NOW) == before
+    (folder.path / "owner.json").unlink()
+    folder.add_event(event="end", job="train", code=75).add_event(event="stopping", job="evaluate")
+    assert state(folder) == "stopped (requeue)"
+
+
+def test_an_attempt_that_is_being_made_is_nobodys_yet(folder: Folder):
+    folder.started().write("attempts/3/.launch.json.x.tmp", "{")
+    (folder.path / "attempts" / "4").mkdir()
+    assert newest_attempt(folder.path) == 2
+
+
+@pytest.mark.parametrize("record", ["job.json", "job_build-shards.json"])
+def test_a_folder_with_one_job_is_shown_by_it(folder: Folder, record: str):
+    """Also one from before jobs had records of their own."""
+    made = {"backend": "local", "id": "17", "words": ["build-shards"]}
+    mark = {} if record == "job.json" else {"job": "build-shards"}
+    folder.write(record, made).owned(1)
+    (folder.path / "owner.json").rename(folder.path / "owner_build-shards.json")
+    assert find(folder.path.parent, "x") == folder.path and state(folder) == "running"
+    assert job_record(folder.path) == folder.path / record
+    folder.write("attempts/1/launch.json", {"job": "build-shards", "nodes": 3}).events({"event": "attempt", **mark})
+    assert main_job(folder.path) == "build-shards" and state(folder) == "running"
+    (folder.path / "owner_build-shards.json").unlink()
+    folder.add_event(event="verdict", outcome="requeue", **mark).add_event(event="end", code=75, **mark)
+    view = read_run(folder.path, NOW)
+    assert (view.state, view.job, view.nodes, view.attempt) == ("stopped (requeue)", "17", 3, 1)
+    folder.write("config.yaml", "name: x\n")  # and is trained in now
+    assert main_job(folder.path) == "train"
+
+
+def test_a_training_without_a_launcher_that_is_scored_by_one_is_a_training(folder: Folder):
+    folder.write("config.yaml", "name: x\n").write("attempts/1/provenance.json", {}).write("job_evaluate.json", {})
+    folder.write("attempts/2/launch.json", {"job": "evaluate"}).events({"event": "end", "code": 0, "job": "evaluate"})
+    view = read_run(folder.path, NOW)
+    assert (view.state, view.attempt, view.backend) == ("stopped", 1, None)
 
 
 GARBAGE = [
