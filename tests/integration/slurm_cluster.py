@@ -15,6 +15,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -26,7 +27,7 @@ from typing import TypeVar
 
 import pytest
 
-from cluster.processes import die_with_parent, kill_processes_with, processes_with
+from cluster.processes import die_with_parent, kill_processes_with, processes_with, signal_process
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "scontrol", "sbatch", "srun", "squeue", "scancel", "sinfo")
 PATIENCE = 120.0  # seconds for anything that takes a few here; a busy machine must not fail a test
@@ -344,7 +345,10 @@ class SlurmCluster:
     def kill_node(self, node: str) -> None:
         """A node without power: its slurmd and all of its tasks are gone at once."""
         self._kill(node)
-        kill_processes_with({**self._mark, "SLURMD_NODENAME": node}, patience=PATIENCE)
+        mine = {**self._mark, "SLURMD_NODENAME": node}
+        for pid in processes_with(mine):  # none must see another's end, and act on it
+            signal_process(pid, signal.SIGSTOP)
+        kill_processes_with(mine, patience=PATIENCE)
 
     def stop_controller(self) -> None:
         """An orderly end of slurmctld: clients get `Unable to contact slurm controller`, jobs go on.
