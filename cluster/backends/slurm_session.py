@@ -183,7 +183,8 @@ def count_requeue(config: LaunchConfig, name: str) -> bool:
     count = int(before.get("count", 0)) + 1 if same else 1
     if count > config.max_requeues:
         return False
-    write_json(path, {"job": name, "newest": newest, "count": count})
+    with contextlib.suppress(OSError):  # a full disk: one start too many is better than a saved job that ends
+        write_json(path, {"job": name, "newest": newest, "count": count})
     return True
 
 

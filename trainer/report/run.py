@@ -155,6 +155,7 @@ def _log(path: Path, problems: list[str]) -> list[dict[str, Any]]:
 
 
 def _events(path: Path) -> list[dict[str, Any]]:
+    """The training's; a scoring beside it writes there, too."""
     try:
         texts = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -165,7 +166,9 @@ def _events(path: Path) -> list[dict[str, Any]]:
             event = json.loads(text)
         except ValueError:  # a line cut short by a full disk
             continue
-        if isinstance(event, dict) and isinstance(event.get("event"), str) and _is_number(event.get("time")):
+        if not isinstance(event, dict) or event.get("job", "train") != "train":
+            continue
+        if isinstance(event.get("event"), str) and _is_number(event.get("time")):
             found.append(event)
     return sorted(found, key=lambda event: event["time"])
 
