@@ -87,6 +87,14 @@ def require_slurm() -> None:
         pytest.skip("slurm: a cluster for tests is started by root only")
 
 
+def begun(pid: int) -> int:
+    """When a process was started, in ticks since boot; 0 when it is gone."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    except OSError:
+        return 0
+
+
 class SlurmCluster:
     """A context manager that runs one cluster. Nodes are named n1 ... nN and share this host's cores and file system.
 
@@ -346,8 +354,11 @@ class SlurmCluster:
         """A node without power: its slurmd and all of its tasks are gone at once."""
         self._kill(node)
         mine = {**self._mark, "SLURMD_NODENAME": node}
-        for pid in processes_with(mine):  # none must see another's end, and act on it
+        there = sorted(processes_with(mine), key=begun)
+        for pid in there:  # none must see another's end and act on it, as srun's second process would
             signal_process(pid, signal.SIGSTOP)
+        for pid in reversed(there):  # a stopped process whose parent ends would be woken by the kernel
+            signal_process(pid, signal.SIGKILL)
         kill_processes_with(mine, patience=PATIENCE)
 
     def stop_controller(self) -> None:

@@ -6,6 +6,7 @@ import json
 import stat
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -169,7 +170,7 @@ def test_ctrl_c_while_slurm_is_silent_says_what_may_be_left(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(slurm, "write_job", interrupted)
-    monkeypatch.setattr(slurm_commands.time, "sleep", interrupted)
+    monkeypatch.setattr(slurm_commands, "time", SimpleNamespace(sleep=interrupted))  # others sleep in this process, too
     fake.fails("squeue", 100)
     with pytest.raises(LaunchError, match=r"interrupted; a job may be submitted; look for 'slotstream \w{12}' in squeue --me"):
         slurm.submit_array([point(tmp_path)])
