@@ -243,9 +243,9 @@ def load_all(roots: list[str], names: list[str], stage: int) -> list[Any]:
 
 
 def _load(root: Path, name: str) -> Any:
-    real, said = checkpoint._verified_blocks, []
+    real, said = checkpoint._verifying, []
     if name == SEEN_BY_ONE and distributed.world_from_environment().rank == 1:
-        checkpoint._verified_blocks = _blind_to_newest(real)  # type: ignore[assignment]
+        checkpoint._verifying = _blind_to_newest(real)  # type: ignore[assignment]
     try:
         loaded = checkpoint.load_newest(root, said.append, Probe(MODEL, 0))
         assert loaded is not None
@@ -254,16 +254,16 @@ def _load(root: Path, name: str) -> Any:
     except StateError as error:
         return [-1, str(error), "", said]
     finally:
-        checkpoint._verified_blocks = real
+        checkpoint._verifying = real
 
 
 def _blind_to_newest(real: Callable[..., Any]) -> Callable[..., Any]:
-    def blocks(path: Path, entry: Any) -> Any:
+    def verifying(path: Path, entry: Any) -> Any:
         if path.parent.name == checkpoint.folder_name(NEWEST) and path.name == "optimizer.safetensors":
             raise StateError("optimizer.safetensors cannot be read (Stale file handle)")
         return real(path, entry)
 
-    return blocks
+    return verifying
 
 
 def _digest(tensors: Any) -> str:

@@ -138,6 +138,7 @@ def test_it_goes_on_with_fewer_nodes_and_grows_again(launcher: Callable[..., Lau
     run = launcher(*GO_ON, "--nodes", "3", "--min-nodes", "2", "--node-patience", "1", "--grace", "1",
                    "--wrap", f"sh {script} {{slot}}", program=train())  # fmt: skip
     ready(run, 1, 0, 1, 2)
+    wait_until(lambda: "world" in run.log(0), "its agent has copied what rank 0 said")
     (tmp_path / "down_0").touch()
     os.kill(agent_of(run, 0), signal.SIGKILL)
     ready(run, 2, 0, 1)  # numbered anew
