@@ -68,6 +68,8 @@ class Team:
         if facts is None or slot >= self.nodes:
             self._hub.drop(slot)
             return
+        if slot in self.known and self.known[slot].host != facts.host:
+            self._failed.pop(slot, None)  # another node: what was wrong with the one before is not its fault
         self.up[slot] = self.known[slot] = facts
         self.since[slot] = time.monotonic()
         self._deaths[slot] = 0

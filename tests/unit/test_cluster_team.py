@@ -96,6 +96,8 @@ def test_a_slot_that_never_gets_ready_is_left_out(team) -> None:
     assert team.missing() == {3: "does not see the run folder any more"}
     team.hello(3, {**FACTS.as_message(), "slot": 3})  # another agent on that node is no other node
     assert team.hopeless() == [3]
+    team.hello(3, {**FACTS.as_message(), "slot": 3, "host": "spare"})
+    assert team.hopeless() == [] and team.complete
 
 
 def test_a_start_in_between_clears_the_account(team) -> None:
